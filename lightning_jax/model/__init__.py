@@ -1,0 +1,1 @@
+"""Decoder-only language models as pure functions over a pytree of parameters."""

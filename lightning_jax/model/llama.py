@@ -1,0 +1,235 @@
+"""The Llama family: one forward pass, shared by the learner and the sampler.
+
+Axes, everywhere in this package: `B` batch, `T` query position, `S` key position, `L` layer, `D` model width, `F`
+feed-forward width, `H` query heads, `K` key/value heads, `G` query heads per key/value head, `h` head width, `V`
+vocabulary, `P` page. A name ends in its axes: `x_btd` is [B, T, D].
+
+Parameters are a plain pytree. In the master form every leaf of `params["layers"]` has a leading axis `L`, and the
+forward pass scans over it (fast to compile, what training wants). `unstack_layers` gives a list of layers instead, and
+then the forward pass is unrolled and threads one cache per layer (no copy of a stacked cache, what decoding wants).
+How queries meet keys is the caller's: `attend` is segment-masked attention in the learner, paged attention in the
+sampler.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax.model.config import LlamaConfig, RopeScaling
+
+__all__ = [
+    "Attend",
+    "LlamaConfig",
+    "ParamSpec",
+    "RopeScaling",
+    "abstract_params",
+    "cast_params",
+    "forward",
+    "init_params",
+    "unembed",
+    "unstack_layers",
+]
+
+Params = dict[str, Any]
+# (q_btkgh, k_btkh, v_btkh, cache of this layer) -> (out_btkgh, the cache's successor)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter before it exists; shapes, shardings and initial values all derive from it."""
+
+    shape: tuple[int, ...]
+    logical_axes: tuple[str | None, ...]  # one name per axis; `mesh.py` maps names to mesh axes
+    init: Callable[..., jax.Array]  # (key, shape, dtype) -> array
+
+
+def abstract_params(config: LlamaConfig) -> dict[str, Any]:
+    """The tree of `ParamSpec` that a model with this config has, in the master (stacked) form."""
+    c = config
+    k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
+    ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+
+    def normal(fan_in: int) -> Callable[..., jax.Array]:
+        return jax.nn.initializers.normal(fan_in**-0.5)
+
+    def layer(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable[..., jax.Array]) -> ParamSpec:
+        return ParamSpec((c.num_layers, *shape), ("layers", *axes), init)
+
+    residual = 2 * c.num_layers  # sums into the residual stream; GPT-2 divides their variance by it
+    layers = {
+        "attn_norm_d": layer((c.hidden_size,), ("embed",), ones),
+        "q_dkgh": layer((c.hidden_size, k, g, h), ("embed", "kv_heads", None, None), normal(c.hidden_size)),
+        "k_dkh": layer((c.hidden_size, k, h), ("embed", "kv_heads", None), normal(c.hidden_size)),
+        "v_dkh": layer((c.hidden_size, k, h), ("embed", "kv_heads", None), normal(c.hidden_size)),
+        "o_kghd": layer((k, g, h, c.hidden_size), ("kv_heads", None, None, "embed"), normal(k * g * h * residual)),
+        "mlp_norm_d": layer((c.hidden_size,), ("embed",), ones),
+        "gate_df": layer((c.hidden_size, c.intermediate_size), ("embed", "mlp"), normal(c.hidden_size)),
+        "up_df": layer((c.hidden_size, c.intermediate_size), ("embed", "mlp"), normal(c.hidden_size)),
+        "down_fd": layer(
+            (c.intermediate_size, c.hidden_size), ("mlp", "embed"), normal(c.intermediate_size * residual)
+        ),
+    }
+    if c.attention_bias:
+        layers["q_bias_kgh"] = layer((k, g, h), ("kv_heads", None, None), zeros)
+        layers["k_bias_kh"] = layer((k, h), ("kv_heads", None), zeros)
+        layers["v_bias_kh"] = layer((k, h), ("kv_heads", None), zeros)
+    if c.qk_norm:
+        layers["q_norm_h"] = layer((h,), (None,), ones)
+        layers["k_norm_h"] = layer((h,), (None,), ones)
+    params: dict[str, Any] = {
+        "embed_vd": ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"), jax.nn.initializers.normal(0.02)),
+        "layers": layers,
+        "final_norm_d": ParamSpec((c.hidden_size,), ("embed",), ones),
+    }
+    if not c.tie_embeddings:
+        params["unembed_dv"] = ParamSpec((c.hidden_size, c.vocab_size), ("embed", "vocab"), normal(c.hidden_size))
+    return params
+
+
+def init_params(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random parameters in the master form; jit it with `out_shardings` to make a large model in place."""
+    specs, treedef = jax.tree.flatten(abstract_params(config))
+    keys = jax.random.split(key, len(specs))
+    return treedef.unflatten([spec.init(k, spec.shape, dtype) for spec, k in zip(specs, keys, strict=True)])
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with `layers` as a list of `L` dicts, which `forward` unrolls."""
+    num_layers = len(params["layers"]["attn_norm_d"])
+    return params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)]}
+
+
+def cast_params(params: Params, dtype: jnp.dtype) -> Params:
+    """All parameters in the dtype to compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    token_bt: jax.Array,
+    position_bt: jax.Array,
+    attend: Attend,
+    cache: Any = None,
+    *,
+    remat: str | None = None,
+) -> tuple[jax.Array, Any]:
+    """Token ids to the final hidden states. Computes in the dtype of `params`; norms and rotary angles in float32.
+
+    Args:
+        params: stacked (scanned, `cache` must be None) or with a list of layers (unrolled).
+        token_bt: [B, T] int32.
+        position_bt: [B, T] int32, each token's position in its own sequence.
+        attend: attention over this call's keys and whatever `cache` holds; it also applies the masks.
+        cache: None, or a list with one entry per layer, given to `attend` and replaced by what it returns.
+        remat: None, or a key of `REMAT_POLICIES`: what the backward pass keeps of each layer.
+
+    Returns:
+        x_btd: [B, T, D], after the final norm; `unembed` makes logits of it.
+        The list of the layers' new caches, or None when `cache` was None.
+    """
+    layers = params["layers"]
+    rope = _rope_angles(config, position_bt)
+
+    def block(x_btd: jax.Array, layer: Params, layer_cache: Any) -> tuple[jax.Array, Any]:
+        return _block(config, layer, x_btd, rope, attend, layer_cache)
+
+    if remat is not None:
+        # Inside a scan nothing can be merged across the barrier that prevent_cse makes, which costs fusion.
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=not isinstance(layers, dict))
+
+    with jax.named_scope("embed"):
+        x_btd = params["embed_vd"][token_bt]
+    if isinstance(layers, dict):
+        if cache is not None:
+            raise ValueError("a cache needs unstacked layers; see unstack_layers")
+        x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers)
+    else:
+        caches = []
+        for layer, layer_cache in zip(layers, cache or [None] * len(layers), strict=True):
+            x_btd, layer_cache = block(x_btd, layer, layer_cache)
+            caches.append(layer_cache)
+        cache = caches if cache is not None else None
+    with jax.named_scope("final_norm"):
+        return _rms_norm(x_btd, params["final_norm_d"], config.rms_norm_eps), cache
+
+
+def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
+    """Logits in float32, [..., V], of hidden states [..., D]; the product itself is in the dtype of `x`."""
+    with jax.named_scope("unembed"):
+        if config.tie_embeddings:
+            return jnp.einsum("...d,vd->...v", x, params["embed_vd"], preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", x, params["unembed_dv"], preferred_element_type=jnp.float32)
+
+
+def _block(
+    config: LlamaConfig, layer: Params, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
+) -> tuple[jax.Array, Any]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    with jax.named_scope("attention"):
+        y_btd = _rms_norm(x_btd, layer["attn_norm_d"], config.rms_norm_eps)
+        q_btkgh = jnp.einsum("btd,dkgh->btkgh", y_btd, layer["q_dkgh"])
+        k_btkh = jnp.einsum("btd,dkh->btkh", y_btd, layer["k_dkh"])
+        v_btkh = jnp.einsum("btd,dkh->btkh", y_btd, layer["v_dkh"])
+        if config.attention_bias:
+            q_btkgh, k_btkh, v_btkh = (
+                q_btkgh + layer["q_bias_kgh"],
+                k_btkh + layer["k_bias_kh"],
+                v_btkh + layer["v_bias_kh"],
+            )
+        if config.qk_norm:
+            q_btkgh = _rms_norm(q_btkgh, layer["q_norm_h"], config.rms_norm_eps)
+            k_btkh = _rms_norm(k_btkh, layer["k_norm_h"], config.rms_norm_eps)
+        q_btkgh, k_btkh = _rotate(q_btkgh, rope), _rotate(k_btkh, rope)
+        out_btkgh, cache = attend(q_btkgh, k_btkh, v_btkh, cache)
+        x_btd = x_btd + jnp.einsum("btkgh,kghd->btd", out_btkgh.astype(x_btd.dtype), layer["o_kghd"])
+    with jax.named_scope("mlp"):
+        y_btd = _rms_norm(x_btd, layer["mlp_norm_d"], config.rms_norm_eps)
+        gate_btf = jnp.einsum("btd,df->btf", y_btd, layer["gate_df"])
+        up_btf = jnp.einsum("btd,df->btf", y_btd, layer["up_df"])
+        x_btd = x_btd + jnp.einsum("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, layer["down_fd"])
+    return x_btd, cache
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (arXiv:1910.07467), in float32, result in the dtype of `x`."""
+    x_f32 = x.astype(jnp.float32)
+    x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + eps)
+    return x_f32.astype(x.dtype) * scale
+
+
+def _rope_frequencies(config: LlamaConfig) -> jax.Array:
+    """Rotary frequencies, [h / 2] float32, radians per position (arXiv:2104.09864; scaling as Llama 3.1 published it)."""
+    freq = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling.original_max_position_embeddings is None:
+        return freq / scaling.factor
+    turns = scaling.original_max_position_embeddings * freq / (2 * jnp.pi)  # over the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * freq + (1 - keep) * freq / scaling.factor
+
+
+def _rope_angles(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine of each position's angles, [B, T, h / 2] float32."""
+    angle_bth = position_bt[..., None].astype(jnp.float32) * _rope_frequencies(config)
+    return jnp.sin(angle_bth), jnp.cos(angle_bth)
+
+
+def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates (x[i], x[i + h/2]) by the position's angle i; `x` is [B, T, ..., h], result in its dtype."""
+    heads = tuple(range(2, x.ndim - 1))
+    sin, cos = (jnp.expand_dims(part, heads) for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
