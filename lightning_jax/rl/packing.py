@@ -1,0 +1,119 @@
+"""Rows of all lengths to blocks of one length, several rows side by side in a block.
+
+Shapes are a function of the rows alone, and take few values: a block is a power of two long, and the number of blocks in
+a micro-batch is a power of two or one and a half times one. So a run compiles a handful of programs, and a run that was
+killed and resumed computes with the same shapes, hence to the same bits, as one that was not.
+"""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import numpy as np
+
+from lightning_jax.rl.trajectory import Row
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows. All arrays are [B, T] and about the token at their own position, not the next one."""
+
+    token_bt: jax.Array  # int32; 0 in padding
+    segment_bt: jax.Array  # int32, from 1 in each block; 0 is padding
+    position_bt: jax.Array  # int32, from 0 in each segment
+    loss_mask_bt: jax.Array  # bool, the sampled tokens
+    advantage_bt: jax.Array  # float32; 0 where loss_mask_bt is False
+    sampler_logprob_bt: jax.Array  # float32, nats; 0 where loss_mask_bt is False
+    temperature_bt: jax.Array  # float32; 1 where loss_mask_bt is False
+
+
+def block_length(longest: int, *, minimum: int = 256) -> int:
+    """Tokens of a block: the power of two that holds the longest row and `minimum`, in which short rows pack well."""
+    return 1 << (max(longest, minimum, 1) - 1).bit_length()
+
+
+def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
+    """Packs rows into blocks, first fit, in the order of rollouts; the same rows in any order give the same blocks.
+
+    Args:
+        rows: none longer than `length`.
+        advantage_n: [N] float32, by `Row.rollout_index`.
+        length: T, tokens of a block.
+
+    Returns:
+        A `Batch` of NumPy arrays with as many blocks as were needed.
+
+    Raises:
+        ValueError: a row is longer than a block.
+    """
+    rows = sorted(rows, key=lambda row: (row.rollout_index, row.token_ids.tobytes(), row.loss_mask.tobytes()))
+    if rows and (longest := max(len(row) for row in rows)) > length:
+        raise ValueError(f"a row of {longest} tokens does not fit a block of {length}")
+    blocks: list[list[Row]] = []
+    used: list[int] = []
+    for row in rows:
+        block = next((i for i, tokens in enumerate(used) if tokens + len(row) <= length), len(used))
+        if block == len(used):
+            blocks.append([])
+            used.append(0)
+        blocks[block].append(row)
+        used[block] += len(row)
+
+    batch = empty_blocks(len(blocks), length)
+    for b, block in enumerate(blocks):
+        start = 0
+        for segment, row in enumerate(block, start=1):
+            span = (b, slice(start, start + len(row)))
+            batch.token_bt[span] = row.token_ids
+            batch.segment_bt[span] = segment
+            batch.position_bt[span] = np.arange(len(row))
+            batch.loss_mask_bt[span] = row.loss_mask
+            batch.advantage_bt[span] = np.where(row.loss_mask, advantage_n[row.rollout_index], 0)
+            batch.sampler_logprob_bt[span] = row.sampler_logprob
+            batch.temperature_bt[span] = row.temperature
+            start += len(row)
+    return batch
+
+
+def empty_blocks(count: int, length: int) -> Batch:
+    """A `Batch` of padding."""
+
+    def full(value: float, dtype: type) -> np.ndarray:
+        return np.full((count, length), value, dtype)
+
+    return Batch(
+        token_bt=full(0, np.int32),
+        segment_bt=full(0, np.int32),
+        position_bt=full(0, np.int32),
+        loss_mask_bt=full(0, np.bool_),
+        advantage_bt=full(0, np.float32),
+        sampler_logprob_bt=full(0, np.float32),
+        temperature_bt=full(1, np.float32),
+    )
+
+
+def micro_batch_size(num_blocks: int, num_micro_batches: int, *, limit: int, multiple: int = 1) -> int:
+    """Blocks of a micro-batch.
+
+    Args:
+        num_blocks: of the whole batch.
+        num_micro_batches: to divide it into, if `limit` allows.
+        limit: the most blocks that memory holds at once.
+        multiple: of which the size must be one (the mesh's batch axes); wins over `limit`.
+
+    Returns:
+        The power of two, or one and a half times one, that holds a share; at most `limit`; then made a multiple.
+    """
+    share = max(1, -(-num_blocks // num_micro_batches))
+    power = 1 << (share - 1).bit_length()
+    size = power * 3 // 4 if power >= 4 and share <= power * 3 // 4 else power
+    size = max(1, min(size, limit))
+    return -(-size // multiple) * multiple
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """Divides a batch into micro-batches of `size` blocks; the last one is filled up with padding."""
+    count, length = batch.token_bt.shape
+    filling = empty_blocks(-count % size, length)
+    batch = jax.tree.map(lambda blocks, more: np.concatenate([blocks, more]), batch, filling)
+    return [jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, count, size)]
