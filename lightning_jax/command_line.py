@@ -1,0 +1,152 @@
+"""The command line of `main.py`: `--config=FILE.py[:VARIANT]`, `--config.KEY=VALUE`, `--server_config=FILE.yaml`.
+
+ml_collections does the parsing. What is added: every mistake is an `InvalidConfigError` that names the flag, or the config
+file and its line; the order of flags does not matter; and the last `--config` counts, so that a script that names one
+can still pass on another.
+
+    command_line.define_flags()
+
+    def main(argv):
+        config = command_line.merged_config()
+
+    app.run(main, flags_parser=command_line.parse_flags)
+"""
+
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import config as config_lib
+
+flags.disclaim_key_flags()  # they are the caller's: its --help shows them
+
+# config_flags reads its flag's file when the flag is defined, unless the command line that it is given names a file.
+# It is given this one, which `parse_flags` fills once the settings in it have been checked.
+_argv = ["", "--config"]
+
+
+def get_config() -> config_dict.ConfigDict:
+    """This module is the config file of a command line that names no other."""
+    return config_lib.default_config()
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags; `parse_flags` parses them."""
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="A file whose get_config() returns the settings; --config.KEY=VALUE sets one of them.",
+        flag_values=flag_values,
+        sys_argv=_argv,
+    )
+    flags.DEFINE_string("server_config", None, "A YAML file of settings.", flag_values=flag_values)
+
+
+def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the command line, the program's name first.
+
+    Returns:
+        The arguments that are not flags, the program's name first.
+
+    Raises:
+        InvalidConfigError: an unknown flag or key, a bad value, or a config file that is missing or does not run.
+    """
+    _check_overrides(argv)
+    path, rest = _split_config(argv)
+    file = path.split(":")[0]
+    if not Path(file).is_file():
+        raise InvalidConfigError(f"the config file {file} does not exist (flag --config)")
+    _argv[:] = [rest[0], f"--config={path}", *rest[1:]]
+    try:
+        return flag_values(_argv)
+    except flags.Error as error:  # an unknown flag, with absl's own suggestion
+        raise InvalidConfigError(str(error)) from error
+    except Exception as error:  # a config file may raise anything
+        raise _explained(error, file) from error
+
+
+def merged_config(
+    flag_values: flags.FlagValues = flags.FLAGS, environ: Mapping[str, str] | None = None
+) -> config_dict.ConfigDict:
+    """The configuration of the parsed flags, the environment and the files they name; errors as `config.merge`."""
+    flag = flag_values["config"]
+    overrides = config_flags.get_override_values(flag)
+    base: dict = {}
+    for key, value in config_lib.flatten(flag.value):
+        if key not in overrides:  # the flag has put them into the file's values already
+            *sections, name = key.split(".")
+            holder = base
+            for section in sections:
+                holder = holder.setdefault(section, {})
+            holder[name] = value
+    file = config_flags.get_config_filename(flag).split(":")[0]
+    return config_lib.merge(base, flag_values.server_config, environ, overrides, base_path=file)
+
+
+def _check_overrides(argv: list[str]) -> None:
+    settings = config_lib.setting_types()
+    for i, argument in enumerate(argv):
+        if argument == "--":
+            return
+        match = re.match(r"--?(no)?config\.([^=]+)(?:=(.*))?$", argument, re.DOTALL)
+        if not match:
+            continue
+        negated, key, value = match.groups()
+        source = f"flag --config.{key}"
+        setting = config_lib.find_setting(key, settings, source)
+        if negated and setting.type is not bool:
+            raise InvalidConfigError(f"{key} is not true or false, so --noconfig.{key} says nothing")
+        if value is None and setting.type is not bool:
+            if i + 1 == len(argv):
+                raise InvalidConfigError(f"{key} is given no value ({source})")
+            value = argv[i + 1]
+        if value is not None:
+            config_lib.typed(key, setting, value, source)
+
+
+def _split_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The last config file named (this module where none is), and the arguments without any."""
+    path, rest = __file__, []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.match(r"--?config(?:=(.*))?$", argument)
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif not match:
+            rest.append(argument)
+        else:
+            path = next(arguments, "") if match[1] is None else match[1]
+    return path, rest
+
+
+def _explained(error: BaseException, file: str) -> InvalidConfigError:
+    """The error in this project's words, with the line of the config file that raised it where one did."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if os.path.abspath(frame.filename) == os.path.abspath(file):
+                return _in_config_file(cause, f"{file}, line {frame.lineno}")
+        cause = cause.__cause__ or cause.__context__
+    return InvalidConfigError(str(error))
+
+
+def _in_config_file(error: BaseException, source: str) -> InvalidConfigError:
+    text = str(error.args[0]) if error.args else type(error).__name__
+    settings = config_lib.setting_types()
+    if match := re.search(r'Key "(\w+)" does not exist', text):
+        try:
+            config_lib.find_setting(match[1], {key.rpartition(".")[2]: t for key, t in settings.items()}, source)
+        except InvalidConfigError as unknown:
+            return unknown
+    if match := re.search(r"Could not override field '(\w+)'.*?\. (.*) is of original type .* cannot be casted", text):
+        for key, setting in settings.items():
+            if key.rpartition(".")[2] == match[1]:
+                return InvalidConfigError(
+                    f"{key} must be {config_lib.TYPE_TEXT[setting.type]}, not {match[2]!r} ({source})"
+                )
+    return InvalidConfigError(f"{type(error).__name__}: {text} ({source})")

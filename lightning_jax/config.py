@@ -1,0 +1,413 @@
+"""Every setting, its default, and the one merge of flags, environment, YAML and config files.
+
+A setting has a dotted key (`algorithm.learning_rate`). Its value comes from the first of these that names it:
+
+    1. a flag                 --config.algorithm.learning_rate=1e-6
+    2. an environment variable  LIGHTNING_LEARNING_RATE=1e-6
+    3. a YAML file            --server_config=server_config.yaml, else the config file  --config=configs/quickstart.py
+    4. `default_config()`
+
+Wherever a value comes from, it is held against the default's type and the rules in `_RULES`; what does not fit is an
+`InvalidConfigError` that names the key, the source and what would be right.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from ml_collections import config_dict
+
+from agent_lightning.exceptions import InvalidConfigError
+
+# The reference's variable names. Those that only an agent's side reads are listed so that they are not taken for typos.
+ENVIRONMENT = {
+    "AGENT_LIGHTNING_API_KEY": "server.api_key",
+    "LIGHTNING_MODEL_PATH": "model.path",
+    "LIGHTNING_DEVICE": "device",
+    "LIGHTNING_RL_ALGORITHM": "algorithm.name",
+    "LIGHTNING_BATCH_SIZE": "runtime.batch_size",
+    "LIGHTNING_LEARNING_RATE": "algorithm.learning_rate",
+}
+AGENT_ENVIRONMENT = ("AGENT_LIGHTNING_SERVER_URL", "LIGHTNING_ENABLE_AIR", "LIGHTNING_MAX_RETRIES")
+
+ALGORITHMS = ("grpo",)
+_PPO_ONLY = ("algorithm.critic_lr", "algorithm.actor_lr", "algorithm.gae_lambda", "algorithm.value_clip")
+
+
+def default_config() -> config_dict.ConfigDict:
+    """All settings with their defaults; locked, so that a misspelt key in a config file is an error there."""
+    c = config_dict.ConfigDict()
+
+    c.mode = "serve"  # "serve" waits for clients; "train" and "evaluate" run `agent.script` on `data` and end
+    c.workdir = "runs/default"  # metrics, checkpoints and the store; the same command in it again continues the run
+    c.seed = 0  # of initial weights, task order and sampling noise
+    c.device = "auto"  # "auto" (the best there is), "cpu", "gpu" or "cuda", "tpu"
+
+    c.model = model = config_dict.ConfigDict()
+    model.path = "builtin:tiny"  # a Hugging Face folder, a .gguf file, or "builtin:tiny"
+    model.dtype = "auto"  # of compute: "float32", "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere
+    model.tensor_parallel = 1  # devices that share each weight matrix
+
+    c.algorithm = algorithm = config_dict.ConfigDict()
+    algorithm.name = "grpo"
+    algorithm.group_size = 8  # rollouts of each task in a step
+    algorithm.learning_rate = 5e-7  # AdamW, after the warm-up
+    algorithm.warmup_steps = 0  # updates over which the learning rate rises linearly from 0
+    algorithm.weight_decay = 0.0
+    algorithm.adam_b1 = 0.9
+    algorithm.adam_b2 = 0.999
+    algorithm.max_grad_norm = 1.0  # the gradient's global norm is clipped to this
+    algorithm.kl_coef = 0.001  # weight of KL(policy || initial model) in the loss; at 0 no reference is kept
+    algorithm.clip_range = 0.2  # the probability ratio is clipped to 1 +- this
+    algorithm.entropy_coef = 0.01  # weight of the entropy bonus
+    algorithm.actor_lr = config_dict.placeholder(float)  # PPO alone, like the three below
+    algorithm.critic_lr = config_dict.placeholder(float)
+    algorithm.gae_lambda = config_dict.placeholder(float)
+    algorithm.value_clip = config_dict.placeholder(float)
+
+    c.runtime = runtime = config_dict.ConfigDict()
+    runtime.max_seq_len = 4096  # tokens of a conversation, prompt and replies together
+    runtime.batch_size = 256  # trajectories per update: tasks per step x group_size
+    runtime.gradient_accumulation = 4  # micro-batches that one update's rows are split into
+    runtime.epochs = 1  # passes over the training tasks
+    runtime.total_steps = 0  # updates after which to end; 0: when the epochs are over
+    runtime.eval_interval = (
+        50  # updates between evaluations on the test tasks; 0: only before the first and after the last
+    )
+    runtime.checkpoint_interval = 100  # updates between checkpoints; 0: only after the last
+    runtime.max_to_keep = 5  # checkpoints kept, the newest; 0: all
+    runtime.remat = "full"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full" (each layer)
+
+    c.sampler = sampler = config_dict.ConfigDict()
+    sampler.max_slots = 64  # requests decoded together
+    sampler.kv_cache_tokens = 65536  # tokens the KV pages hold, over all requests and the prefix cache
+    sampler.page_size = 16  # tokens per KV page
+    sampler.decode_steps = 8  # tokens decoded per dispatch
+    sampler.prefill_chunk = 256  # prompt tokens per prefill dispatch
+    sampler.max_queue = 4096  # requests that may wait for a slot; more get a 429
+    sampler.temperature = 1.0  # in training these four hold, whatever the agent asks for ...
+    sampler.top_p = 1.0
+    sampler.top_k = 0  # 0: off
+    sampler.max_tokens = 1024  # ... except a smaller max_tokens of the agent's
+    sampler.honor_agent_sampling = False  # let the agent choose; the learner then applies the recorded temperature
+
+    c.agent = agent = config_dict.ConfigDict()
+    agent.script = ""  # file.py[:function], run in worker subprocesses
+    agent.nworkers = -1  # worker processes; -1 chooses from cores, slots and batch
+    agent.rollout_timeout_s = 600.0  # a rollout that runs longer is killed and tried again
+    agent.max_attempts = 3  # attempts at a rollout whose worker died or ran out of time
+
+    c.data = data = config_dict.ConfigDict()
+    data.train_file = ""  # JSONL, one task an object
+    data.test_file = ""  # JSONL, held-out tasks for evaluations
+
+    c.server = server = config_dict.ConfigDict()
+    server.host = "127.0.0.1"
+    server.port = 8000  # 0: any free one
+    server.api_key = ""  # asked of clients where it is not empty; rollout URLs carry their own
+
+    c.logging = logging = config_dict.ConfigDict()
+    logging.tensorboard = True  # event files beside metrics.jsonl
+    logging.wandb_project = ""  # also log to this Weights & Biases project
+
+    return c.lock()
+
+
+# Rules: what a single value must be -----------------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    text: str  # completes "must be ..."
+    choices: tuple[str, ...] = ()
+
+
+def _at_least(low: float) -> _Rule:
+    return _Rule(lambda v: v >= low, f"at least {low}")
+
+
+def _one_of(*choices: str) -> _Rule:
+    text = f"one of {', '.join(map(repr, choices))}" if len(choices) > 1 else f"{choices[0]!r} in this version"
+    return _Rule(lambda v: v in choices, text, choices)
+
+
+_POSITIVE = _Rule(lambda v: v > 0, "greater than 0")
+_DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
+_RULES = {
+    "mode": _one_of("serve", "train", "evaluate"),
+    "workdir": _Rule(bool, "a folder's path"),
+    "seed": _Rule(lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
+    "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
+    "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
+    "model.dtype": _one_of("auto", "float32", "bfloat16"),
+    "model.tensor_parallel": _at_least(1),
+    "algorithm.name": _one_of(*ALGORITHMS),
+    "algorithm.group_size": _at_least(2),
+    "algorithm.learning_rate": _at_least(0),
+    "algorithm.warmup_steps": _at_least(0),
+    "algorithm.weight_decay": _at_least(0),
+    "algorithm.adam_b1": _DECAY,
+    "algorithm.adam_b2": _DECAY,
+    "algorithm.max_grad_norm": _POSITIVE,
+    "algorithm.kl_coef": _at_least(0),
+    "algorithm.clip_range": _Rule(lambda v: 0 < v < 1, "between 0 and 1"),
+    "algorithm.entropy_coef": _at_least(0),
+    "runtime.max_seq_len": _at_least(2),
+    "runtime.batch_size": _at_least(2),
+    "runtime.gradient_accumulation": _at_least(1),
+    "runtime.epochs": _at_least(1),
+    "runtime.total_steps": _at_least(0),
+    "runtime.eval_interval": _at_least(0),
+    "runtime.checkpoint_interval": _at_least(0),
+    "runtime.max_to_keep": _at_least(0),
+    "runtime.remat": _one_of("none", "dots", "full"),
+    "sampler.max_slots": _at_least(1),
+    "sampler.kv_cache_tokens": _at_least(1),
+    "sampler.page_size": _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two"),
+    "sampler.decode_steps": _at_least(1),
+    "sampler.prefill_chunk": _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two"),
+    "sampler.max_queue": _at_least(1),
+    "sampler.temperature": _at_least(0),
+    "sampler.top_p": _Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "sampler.top_k": _at_least(0),
+    "sampler.max_tokens": _at_least(1),
+    "agent.nworkers": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 to choose it from cores and batch"),
+    "agent.rollout_timeout_s": _POSITIVE,
+    "agent.max_attempts": _at_least(1),
+    "server.host": _Rule(bool, "an address to listen on, such as '127.0.0.1' or '0.0.0.0'"),
+    "server.port": _Rule(lambda v: 0 <= v <= 65535, "between 0 and 65535"),
+}
+
+
+def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None = None) -> None:
+    """Holds every value, and the values that must fit together, against the rules.
+
+    Args:
+        config: a complete configuration.
+        sources: where a key's value was set, for the error's text.
+
+    Raises:
+        InvalidConfigError: names the key, its value, its source and what it must be.
+    """
+    sources = sources or {}
+
+    def fail(key: str, problem: str, hint: str | None = None):
+        raise InvalidConfigError(f"{key} {problem} ({sources.get(key, 'default')})", hint=hint)
+
+    value_of = dict(flatten(config))
+    for key, rule in _RULES.items():
+        value = value_of[key]
+        if not rule.holds(value):
+            fail(key, f"must be {rule.text}, not {value!r}", _did_you_mean(str(value), rule.choices))
+    for key in _PPO_ONLY:
+        if value_of[key] is not None:
+            fail(key, f"is PPO's, and algorithm.name is {config.algorithm.name!r}", "remove it")
+    if config.runtime.batch_size % config.algorithm.group_size:
+        fail(
+            "runtime.batch_size",
+            f"counts trajectories and must be a multiple of algorithm.group_size ({config.algorithm.group_size}), "
+            f"not {config.runtime.batch_size}",
+        )
+    if config.sampler.kv_cache_tokens < config.runtime.max_seq_len:
+        fail(
+            "sampler.kv_cache_tokens",
+            f"must hold at least one conversation of runtime.max_seq_len ({config.runtime.max_seq_len}) tokens, "
+            f"not {config.sampler.kv_cache_tokens}",
+        )
+    needs = {"train": ("agent.script", "data.train_file"), "evaluate": ("agent.script", "data.test_file"), "serve": ()}
+    for key in needs[config.mode]:
+        if not value_of[key]:
+            fail(key, f"is empty, and mode {config.mode!r} needs it", f"--config.{key}=FILE")
+
+
+# Merge ----------------------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    type: type
+    optional: bool
+
+
+def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping | config_dict.ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def setting_types() -> dict[str, Setting]:
+    """Every setting's type, from the defaults; a setting whose default is None may be None."""
+    default = default_config()
+    settings = {}
+    for key, value in flatten(default):
+        section, _, name = key.rpartition(".")
+        holder = default[section] if section else default
+        settings[key] = Setting(holder.get_type(name), value is None)
+    return settings
+
+
+def _did_you_mean(name: str, names) -> str | None:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def find_setting(key: str, settings: Mapping[str, Setting], source: str) -> Setting:
+    if key in settings:
+        return settings[key]
+    inside = [name for name in settings if name.startswith(key + ".")]
+    if inside:
+        raise InvalidConfigError(f"{key} is a section, not a value ({source})", hint=f"set one of {', '.join(inside)}")
+    same_name = [name for name in settings if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f"did you mean {same_name[0]!r}?" if same_name else _did_you_mean(key, settings)
+    raise InvalidConfigError(f"unknown setting {key!r} ({source})", hint=hint)
+
+
+TYPE_TEXT = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def typed(key: str, setting: Setting, value: Any, source: str) -> Any:
+    """`value`, given as itself or as text, in the setting's type."""
+    if value is None or (setting.optional and str(value).lower() in ("none", "null", "")):
+        if setting.optional:
+            return None
+    elif isinstance(value, str):
+        try:
+            if setting.type is bool:
+                return _BOOLS[value.strip().lower()]
+            typed = setting.type(value)
+            if setting.type is not float or math.isfinite(typed):
+                return typed
+        except (ValueError, KeyError):
+            pass
+    elif setting.type is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    elif type(value) is setting.type:
+        return value
+    raise InvalidConfigError(f"{key} must be {TYPE_TEXT[setting.type]}, not {value!r} ({source})")
+
+
+def _yaml_settings(path: str, settings: Mapping[str, Setting]) -> Iterator[tuple[str, Any, str]]:
+    """(key, value as text or None, source) of each scalar in a YAML file."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfigError(f"cannot read the YAML configuration {path}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise InvalidConfigError(f"not YAML: {getattr(error, 'problem', error)} ({where})") from error
+
+    def walk(node: yaml.Node, prefix: str) -> Iterator[tuple[str, Any, str]]:
+        if not isinstance(node, yaml.MappingNode):
+            source = f"{path}, line {node.start_mark.line + 1}"
+            if prefix:
+                find_setting(prefix[:-1], settings, source)
+            raise InvalidConfigError(f"{prefix[:-1] or 'the file'} must hold names and values ({source})")
+        seen = {}
+        for name_node, value_node in node.value:
+            key = f"{prefix}{name_node.value}"
+            line = name_node.start_mark.line + 1
+            source = f"{path}, line {line}"
+            if key in seen:
+                raise InvalidConfigError(f"{key} is given twice ({path}, lines {seen[key]} and {line})")
+            seen[key] = line
+            is_null = value_node.tag == "tag:yaml.org,2002:null"
+            if any(name.startswith(key + ".") for name in settings):
+                if not is_null:
+                    yield from walk(value_node, key + ".")
+                continue
+            setting = find_setting(key, settings, source)
+            if not isinstance(value_node, yaml.ScalarNode):
+                raise InvalidConfigError(f"{key} must be {TYPE_TEXT[setting.type]}, not a list or section ({source})")
+            yield key, None if is_null else value_node.value, source
+
+    if root is not None:
+        yield from walk(root, "")
+
+
+def _environment_settings(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    known = (*ENVIRONMENT, *AGENT_ENVIRONMENT)
+    for name, value in environ.items():
+        if name in ENVIRONMENT:
+            if value:  # set but empty is how shells unset a variable for one command
+                yield ENVIRONMENT[name], value, f"environment variable {name}"
+        elif name not in known and "LIGHTNING_" in name:
+            # Other products' variables begin with LIGHTNING_ too: only what looks like a slip is an error.
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            if close:
+                raise InvalidConfigError(f"unknown environment variable {name}", hint=f"did you mean {close[0]}?")
+
+
+def _python_source(path: str, key: str) -> str:
+    """The config file and, where it can be seen, the line that sets `key`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return path
+    name = re.escape(key.rpartition(".")[2])
+    numbers = [i for i, line in enumerate(lines, 1) if re.search(rf"[.\"']{name}[\"'\]]*\s*[:=](?!=)", line)]
+    return f"{path}, line {numbers[0]}" if len(numbers) == 1 else path
+
+
+def merge(
+    base: config_dict.ConfigDict | Mapping | None = None,
+    yaml_path: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    flag_overrides: Mapping[str, Any] | None = None,
+    *,
+    base_path: str | None = None,
+) -> config_dict.ConfigDict:
+    """One configuration of all sources: flags over environment over YAML over `base` over the defaults.
+
+    Args:
+        base: what a config file's `get_config()` returned; keys that it lacks keep their defaults.
+        yaml_path: the reference's `server_config.yaml`.
+        environ: the environment; `os.environ` where None.
+        flag_overrides: dotted key -> value or text, as given on the command line.
+        base_path: the config file, for errors.
+
+    Returns:
+        A complete, validated, locked configuration.
+
+    Raises:
+        InvalidConfigError: a bad value or an unknown key; names key, source and the nearest valid name.
+    """
+    settings = setting_types()
+    config = default_config()
+    sources = {}
+
+    def given() -> Iterator[tuple[str, Any, str]]:
+        default = dict(flatten(config))
+        for key, value in flatten(base or {}):
+            if key not in default or value != default[key]:
+                yield key, value, _python_source(base_path, key) if base_path else "config file"
+        if yaml_path:
+            yield from _yaml_settings(yaml_path, settings)
+        yield from _environment_settings(os.environ if environ is None else environ)
+        for key, value in (flag_overrides or {}).items():
+            yield key, value, f"flag --config.{key}"
+
+    for key, value, source in list(given()):
+        config.update_from_flattened_dict({key: typed(key, find_setting(key, settings, source), value, source)})
+        sources[key] = source
+    validate(config, sources)
+    return config
+
+
+def save_json(config: config_dict.ConfigDict, path: str | os.PathLike) -> None:
+    """Writes the configuration for people and tools to read, without the API key; never leaves half a file."""
+    content = config.to_dict()
+    if content["server"]["api_key"]:
+        content["server"]["api_key"] = "(not saved)"
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,66 @@
+"""Packages: `agent_lightning`, the light SDK, is the base; `lightning_jax`, server and trainer, needs an extra."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BASE = ["cloudpickle>=3.0", "httpx>=0.27", "rich>=13.7"]
+
+# Everything of the server but JAX itself, which the accelerator extras ask for with their plugins.
+COMMON = [
+    "absl-py>=2.1",
+    "fastapi>=0.115",
+    "flax>=0.12",
+    "gguf>=0.17",
+    "grain>=0.2.12",
+    "jinja2>=3.1",  # chat templates
+    "ml_collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.25",
+    "pyyaml>=6.0",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.18",
+    "tokenizers>=0.22",
+    "transformers>=5.0",
+    "uvicorn>=0.32",
+    "httptools>=0.6; platform_system != 'Windows'",  # uvicorn's fast parser and event loop
+    "uvloop>=0.21; platform_system != 'Windows'",
+]
+
+EXTRAS = {
+    "server": ["jax>=0.10,<0.12", *COMMON],
+    "cuda12": ["jax[cuda12]>=0.10,<0.12", *COMMON],
+    "cuda13": ["jax[cuda13]>=0.10,<0.12", *COMMON],
+    "tpu": ["jax[tpu]>=0.10,<0.12", *COMMON],
+    "ray": ["ray>=2.40"],
+    "dev": [
+        "anthropic>=0.40",
+        "hypothesis>=6.100",
+        "matplotlib>=3.9",
+        "openai>=1.60",
+        "pytest>=8.0",
+        "pytest-asyncio>=1.0",
+        "pytest-timeout>=2.3",
+        "reasoning-gym>=0.1.19",
+        "ruff>=0.9",
+        "wandb>=0.19",
+    ],
+}
+
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="lightning-jax",
+    version="0.1.0",
+    description="Reinforcement learning for LLM agents written with any framework, in one JAX process",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["agent_lightning", "agent_lightning.*", "lightning_jax", "lightning_jax.*"]),
+    package_data={"lightning_jax": ["builtin/tiny/*"]},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["agent-lightning = agent_lightning.cli:main"]},
+)
