@@ -1,0 +1,112 @@
+"""Jobs and their events."""
+
+import itertools
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from lightning_jax.store.database import Database
+from lightning_jax.store.records import ENDED_JOB, UnknownError
+
+_FIELDS = ("status", "step", "total_steps", "error", "traceback", "result")
+
+
+class Jobs:
+    """The jobs of one database, held in memory and written behind.
+
+    Args:
+        changed: notified whenever a job or its events change.
+        announce: called, without the lock, after every change.
+    """
+
+    def __init__(self, database: Database, changed: threading.Condition, announce: Callable[[], None]):
+        self._database, self._changed, self._announce = database, changed, announce
+        columns = ("job_id", "created", *_FIELDS, "spec")
+        rows = database.read(f"SELECT {', '.join(columns)} FROM jobs ORDER BY created")
+        self._jobs = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+        for job in self._jobs.values():
+            job["spec"] = json.loads(job["spec"])
+            job["result"] = json.loads(job["result"]) if job["result"] else None
+        ((newest,),) = database.read("SELECT coalesce(max(seq), 0) FROM events")
+        self._sequence = itertools.count(newest + 1)
+        self._newest: dict[str, int] = dict(database.read("SELECT job_id, max(seq) FROM events GROUP BY job_id"))
+
+    def create(self, spec: dict, job_id: str | None = None) -> str:
+        """See `Store.create_job`."""
+        with self._changed:
+            key = spec.get("key")
+            for job in self._jobs.values():
+                if job["job_id"] == job_id or (key and job["spec"].get("key") == key):
+                    return job["job_id"]
+            job_id = job_id or f"job-{secrets.token_hex(6)}"
+            job = dict.fromkeys(_FIELDS) | {"job_id": job_id, "created": time.time(), "status": "queued", "step": 0}
+            self._jobs[job_id] = job | {"spec": dict(spec)}
+            sql = "INSERT INTO jobs (job_id, created, status, step, spec) VALUES (?, ?, 'queued', 0, ?)"
+            self._database.write((sql, [(job_id, job["created"], json.dumps(spec))]))
+        self._database.flush()
+        self._announce()
+        return job_id
+
+    def get(self, job_id: str) -> dict:
+        with self._changed:
+            if job_id not in self._jobs:
+                raise UnknownError(f"there is no job {job_id!r}")
+            return dict(self._jobs[job_id])
+
+    def all(self) -> list[dict]:
+        with self._changed:
+            return [dict(job) for job in self._jobs.values()]
+
+    def ended(self, job_id: str) -> bool:
+        return self._jobs[job_id]["status"] in ENDED_JOB
+
+    def update(self, job_id: str, **fields) -> None:
+        """See `Store.update_job`."""
+        unknown = fields.keys() - set(_FIELDS)
+        if unknown:
+            raise TypeError(f"a job has no field {', '.join(sorted(unknown))}")
+        stored = [json.dumps(value) if name == "result" else value for name, value in fields.items()]
+        with self._changed:
+            if job_id not in self._jobs:
+                raise UnknownError(f"there is no job {job_id!r}")
+            self._jobs[job_id].update(fields)
+            assignments = ", ".join(f"{name} = ?" for name in fields)
+            self._database.write((f"UPDATE jobs SET {assignments} WHERE job_id = ?", [(*stored, job_id)]))
+            self._changed.notify_all()
+        if "status" in fields:
+            self._database.flush()
+        self._announce()
+
+    def add_event(self, job_id: str, kind: str, step: int, data: dict) -> int:
+        """See `Store.add_event`."""
+        with self._changed:
+            sequence = next(self._sequence)
+            self._newest[job_id] = sequence
+            row = (sequence, job_id, time.time(), kind, step, json.dumps(data))
+            self._database.write(("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", [row]))
+            self._changed.notify_all()
+        self._announce()
+        return sequence
+
+    def events(self, job_id: str, after: int = 0, wait_s: float = 0.0, limit: int = 1000) -> list[dict]:
+        """See `Store.events`."""
+        deadline = time.monotonic() + wait_s
+        with self._changed:
+            if job_id not in self._jobs:
+                raise UnknownError(f"there is no job {job_id!r}")
+            while self._newest.get(job_id, 0) <= after and not self.ended(job_id):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return []
+                self._changed.wait(left)
+            if self._newest.get(job_id, 0) <= after:
+                return []
+        self._database.flush()
+        sql = "SELECT seq, created, kind, step, data FROM events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?"
+        rows = self._database.read(sql, (job_id, after, limit))
+        return [
+            {"seq": seq, "time": created, "kind": kind, "step": step, "data": json.loads(data)}
+            for seq, created, kind, step, data in rows
+        ]

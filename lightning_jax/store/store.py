@@ -1,0 +1,218 @@
+"""The store's one face: what the training loop, the server and model_api ask of it."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lightning_jax.store.database import Database
+from lightning_jax.store.datasets import Datasets, Upload
+from lightning_jax.store.jobs import Jobs
+from lightning_jax.store.records import Attempt, CallRecord, DatasetInfo, RolloutEntry, RolloutRecord
+from lightning_jax.store.rollouts import Rollouts
+
+
+class Store:
+    """SQLite record of datasets, jobs, rollouts, attempts and model calls.
+
+    Every method may be called from any thread. Writes are committed in the order of the calls that made them, most of
+    them a moment later; a process killed at any point leaves a store that opens and is a prefix of what happened.
+
+    Raises:
+        StoreError: from any method, when the file cannot be opened, read or written.
+    """
+
+    def __init__(self, path: str | Path):
+        self._changed = threading.Condition(threading.RLock())
+        self._listeners: list[Callable[[], None]] = []
+        self._database = Database(path)
+        self._datasets = Datasets(self._database)
+        self._jobs = Jobs(self._database, self._changed, self._announce)
+        self._rollouts = Rollouts(self._database, self._jobs, self._changed, self._announce)
+
+    def close(self) -> None:
+        """Commits what is queued and closes the file; another process may open it then."""
+        self._database.close()
+
+    def flush(self) -> None:
+        """Returns when everything asked for so far is committed."""
+        self._database.flush()
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Has `listener` called, from whatever thread, whenever leases, jobs or events change. It must be quick."""
+        self._listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[], None]) -> None:
+        """Ends what `add_listener` began."""
+        self._listeners.remove(listener)
+
+    def _announce(self) -> None:
+        for listener in list(self._listeners):
+            listener()
+
+    # ---- datasets ----
+
+    def put_dataset(self, data_id: str, split: str, chunks: Iterable[bytes]) -> DatasetInfo:
+        """Stores a JSONL file, replacing at once the split of that name if there is one.
+
+        Args:
+            data_id, split: the dataset's name, and "train" or "test".
+            chunks: the file's bytes in any pieces; memory stays bounded whatever their number.
+
+        Raises:
+            DataError: a line is not a JSON object or lacks `question`, or there is no task. Nothing is kept.
+        """
+        return self._datasets.put(data_id, split, chunks)
+
+    def upload(self, data_id: str, split: str) -> Upload:
+        """The same, pushed: an `Upload` with feed(bytes), finish() -> DatasetInfo and discard()."""
+        return Upload(self._datasets, data_id, split)
+
+    def dataset(self, data_id: str) -> list[DatasetInfo]:
+        """The dataset's splits; empty when there is no such dataset."""
+        return self._datasets.info(data_id)
+
+    def num_tasks(self, data_id: str, split: str) -> int:
+        """How many tasks a split has. Raises UnknownError."""
+        return self._datasets.num_tasks(data_id, split)
+
+    def task(self, data_id: str, split: str, index: int) -> dict:
+        """One task as uploaded. Raises UnknownError or IndexError."""
+        return self._datasets.task(data_id, split, index)
+
+    # ---- jobs ----
+
+    def create_job(self, spec: dict, job_id: str | None = None) -> str:
+        """Makes a job in state "queued" and returns its id.
+
+        A job that already has this id, or the same `spec["key"]`, is returned instead: asking twice makes one job.
+        """
+        return self._jobs.create(spec, job_id)
+
+    def job(self, job_id: str) -> dict:
+        """The job as it is now: job_id, status, step, total_steps, error, traceback, result, spec, created.
+
+        `status` is "queued", "running", "succeeded", "failed" or "stopped". Raises UnknownError.
+        """
+        return self._jobs.get(job_id)
+
+    def jobs(self) -> list[dict]:
+        """Every job, oldest first."""
+        return self._jobs.all()
+
+    def update_job(self, job_id: str, **fields) -> None:
+        """Sets any of status, step, total_steps, error, traceback, result (a JSON-ready dict)."""
+        self._jobs.update(job_id, **fields)
+
+    def add_event(self, job_id: str, kind: str, step: int, data: dict) -> int:
+        """Appends to the job's events and returns the event's sequence number, which only ever grows."""
+        return self._jobs.add_event(job_id, kind, step, data)
+
+    def events(self, job_id: str, after: int = 0, wait_s: float = 0.0) -> list[dict]:
+        """Up to 1,000 events with `seq` above `after`: {"seq", "time", "kind", "step", "data"}, oldest first.
+
+        Waits up to `wait_s` for one while the job goes on. Raises UnknownError.
+        """
+        return self._jobs.events(job_id, after, wait_s)
+
+    def discard_after(self, job_id: str, step: int) -> None:
+        """Forgets the job's rollouts and events of steps after `step`, and cancels what is open."""
+        self._rollouts.discard_after(job_id, step)
+
+    # ---- rollouts ----
+
+    def open_rollouts(
+        self,
+        job_id: str,
+        *,
+        step: int,
+        mode: str,
+        entries: Sequence[RolloutEntry],
+        timeout_s: float,
+        max_attempts: int = 3,
+        metadata: dict | None = None,
+        seed: int = 0,
+    ) -> list[int]:
+        """Offers rollouts to the job's worker pools, in this order.
+
+        Args:
+            mode: "train" or "evaluate".
+            timeout_s: seconds a worker may take for one attempt.
+            max_attempts: how often a rollout is tried when its worker crashes, times out or is lost.
+            metadata: JSON-ready; becomes `resource.metadata`, with mode, rollout_id, attempt and step added.
+            seed: part of every call's sampling noise.
+
+        Returns:
+            rollout ids in the order of `entries`.
+        """
+        return self._rollouts.open(
+            job_id,
+            step=step,
+            mode=mode,
+            entries=entries,
+            timeout_s=timeout_s,
+            max_attempts=max_attempts,
+            metadata=metadata,
+            seed=seed,
+        )
+
+    def wait(
+        self,
+        job_id: str,
+        rollout_ids: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Blocks until all these rollouts have ended or `stop()` is true, which is asked twice a second.
+
+        Leases of silent pools are given up meanwhile. `progress(ended)` is called whenever more have ended.
+        """
+        self._rollouts.wait(job_id, rollout_ids, stop, progress)
+
+    def finished(self, rollout_ids: Sequence[int]) -> list[RolloutRecord]:
+        """Those of these rollouts that succeeded or failed, in the given order, each with its last attempt's calls."""
+        return self._rollouts.finished(rollout_ids)
+
+    def cancel_open(self, job_id: str) -> int:
+        """Takes back every rollout of the job that has not ended; their workers are told. Returns how many."""
+        return self._rollouts.cancel_open(job_id)
+
+    def exchange(
+        self,
+        job_id: str,
+        pool_id: str,
+        results: Sequence[dict],
+        running: Sequence[str],
+        want: int,
+        wait_s: float = 0.0,
+    ) -> dict:
+        """One exchange with a worker pool, waiting up to `wait_s` for something to tell it.
+
+        Args:
+            results: {"lease_id", "reward", "error", "cause", "events", "duration_s"} of attempts that ended.
+            running: lease ids the pool still works on; any other lease of it that is not fresh is given up.
+            want: how many new leases it can take.
+
+        Returns:
+            {"job_status", "leases": [...], "cancelled": [lease ids to kill]}. Raises UnknownError.
+        """
+        return self._rollouts.exchange(job_id, pool_id, results, running, want, wait_s)
+
+    def report(self, job_id: str, pool_id: str, results: Sequence[dict], running: Sequence[str]) -> None:
+        """The first half of `exchange`, for callers that wait in their own way."""
+        self._rollouts.report(job_id, pool_id, results, running)
+
+    def grant(self, job_id: str, pool_id: str, running: Sequence[str], want: int) -> dict:
+        """The second half of `exchange`; never waits."""
+        return self._rollouts.grant(job_id, pool_id, running, want)
+
+    def attempt_by_token(self, token: str) -> Attempt | None:
+        """The attempt that holds this token, None once it has ended. A dictionary look-up."""
+        return self._rollouts.attempt_by_token(token)
+
+    def next_call_index(self, attempt: Attempt) -> int:
+        """0, 1, 2 ... for the attempt's model calls, by arrival."""
+        return next(attempt.arrivals)
+
+    def record_call(self, attempt: Attempt, call: CallRecord) -> bool:
+        """Adds a call to the attempt; False, and nothing kept, if the attempt has ended meanwhile."""
+        return self._rollouts.record_call(attempt, call)
