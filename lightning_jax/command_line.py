@@ -1,8 +1,8 @@
 """The command line of `main.py`: `--config=FILE.py[:VARIANT]`, `--config.KEY=VALUE`, `--server_config=FILE.yaml`.
 
-ml_collections does the parsing. What is added: every mistake is an `InvalidConfigError` that names the flag, or the config
-file and its line; the order of flags does not matter; and the last `--config` counts, so that a script that names one
-can still pass on another.
+ml_collections does the parsing. What is added: every mistake is an `InvalidConfigError` that names the flag, or the
+config file and its line; the order of flags does not matter; and the last `--config` counts, so that a script that
+names one can still pass on another.
 
     command_line.define_flags()
 

@@ -1,0 +1,191 @@
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same curves in TensorBoard and W&B.
+
+The JSONL file is the record: a resumed run cuts it back to its checkpoint, and what reads curves reads it. Names are
+`group/name` (`reward/mean`, `policy/kl`), units are in names (`time/sample_s`).
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agent_lightning.exceptions import InvalidConfigError
+
+FILE = "metrics.jsonl"
+_NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_.\-]+)+")
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """All lines of a work directory's metrics, in order; a last line that a kill cut short is left out."""
+    path = Path(workdir) / FILE
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if line and number < len(lines):  # a finished line ends in "\n", so something else wrote this one
+                raise InvalidConfigError(f"not a JSON object ({path}, line {number})") from None
+    return rows
+
+
+class MetricsWriter:
+    """Writes a run's metrics; use it as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            workdir: the folder of `metrics.jsonl`, made where missing; an existing file is continued.
+            tensorboard: also write event files to its subfolder `tensorboard`.
+            wandb_project: also log to this Weights & Biases project; the work directory's run is continued.
+            config: the run's settings, for W&B.
+
+        Raises:
+            InvalidConfigError: the package that a writer needs is not installed.
+        """
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[_TensorBoard | _WandB] = []
+        if tensorboard:
+            self._sinks.append(_TensorBoard(self._workdir / "tensorboard"))
+        if wandb_project:
+            self._sinks.append(_WandB(self._workdir, wandb_project, config))
+        self._path = self._workdir / FILE
+        _drop_cut_line(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line, on the disk when this returns to the caller as far as a killed process is concerned.
+
+        Args:
+            step: the update that the metrics belong to; 0 is before the first.
+            metrics: `group/name` -> number (Python's, NumPy's or a JAX scalar). NaN and infinities become null.
+
+        Raises:
+            ValueError: a name without a group, or a value that is not a number.
+        """
+        row = {name: _number(name, value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": int(step), **row}, allow_nan=False) + "\n")
+        self._file.flush()
+        finite = {name: value for name, value in row.items() if value is not None}
+        for sink in self._sinks:
+            sink.write(int(step), finite)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what was written for later steps, for a run that goes on from the checkpoint of `step`."""
+        kept = [row for row in read_metrics(self._workdir) if row["step"] <= step]
+        partial = self._path.with_name(FILE + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.close()
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        for sink in self._sinks:
+            sink.truncate_after(step)
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _number(name: str, value: Any) -> int | float | None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"metric names are group/name in lower case, not {name!r}")
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, int | float):
+        raise ValueError(f"metric {name} must be a number, not {value!r}")
+    return value if math.isfinite(value) else None
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Removes a last line that a kill cut short, which the next line would otherwise be glued to."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+
+def _package(name: str, setting: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        hint = f"pip install {name.split('.')[0]}, or leave {setting} off"
+        raise InvalidConfigError(f"{setting} is set, and the package {name} is missing", hint=hint) from error
+
+
+class _TensorBoard:
+    """Event files, written with the tensorboard package alone."""
+
+    def __init__(self, folder: Path):
+        writer = _package("tensorboard.summary.writer.event_file_writer", "logging.tensorboard")
+        self._event = _package("tensorboard.compat.proto.event_pb2", "logging.tensorboard")
+        self._summary = _package("tensorboard.compat.proto.summary_pb2", "logging.tensorboard")
+        self._writer = writer.EventFileWriter(str(folder))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step, summary=self._summary.Summary(value=values))
+
+    def truncate_after(self, step: int) -> None:
+        # A session start tells readers to forget what an earlier event file holds from this step on.
+        self._add(step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+
+    def _add(self, step: int, **what) -> None:
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **what))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A Weights & Biases run, the same one each time the work directory is continued."""
+
+    def __init__(self, workdir: Path, project: str, config: Mapping[str, Any] | None):
+        wandb = _package("wandb", "logging.wandb_project")
+        id_file = workdir / "wandb_run_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            project=project,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(workdir),
+            config=dict(config or {}),
+        )
+        # The step is a metric rather than W&B's own counter, which refuses to go back after a resume.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def truncate_after(self, step: int) -> None:
+        """W&B keeps what it has; the curve that is written again lies over it."""
+
+    def close(self) -> None:
+        self._run.finish()
