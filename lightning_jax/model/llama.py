@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lightning_jax import mesh
 from lightning_jax.model.config import LlamaConfig, RopeScaling
 
 __all__ = [
@@ -148,7 +149,7 @@ def forward(
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=not isinstance(layers, dict))
 
     with jax.named_scope("embed"):
-        x_btd = params["embed_vd"][token_bt]
+        x_btd = mesh.constrain(params["embed_vd"][token_bt], "batch", None, None)
     if isinstance(layers, dict):
         if cache is not None:
             raise ValueError("a cache needs unstacked layers; see unstack_layers")

@@ -1,0 +1,76 @@
+"""Where arrays live: the mesh's axes, and which of them each logical axis of an array is split over.
+
+    data     whole copies of the model, each with its part of the batch
+    fsdp     the batch is split here too, and so are the parameters, which are gathered layer by layer
+    tensor   heads, feed-forward columns and vocabulary
+
+Arrays name logical axes (`batch`, `embed`, `kv_heads`, ...); `RULES` is the only place that knows the mesh's.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+class HasAxes(Protocol):
+    """What `shardings` needs to know of an array; `model.llama.ParamSpec` is one."""
+
+    shape: tuple[int, ...]
+    logical_axes: tuple[str | None, ...]
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over the first `data * fsdp * tensor` devices; `jax.set_mesh` makes it current.
+
+    Raises:
+        ValueError: there are fewer devices than that.
+    """
+    count, devices = data * fsdp * tensor, jax.devices()
+    if count > len(devices):
+        raise ValueError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices of {len(devices)}"
+        )
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def partition_spec(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
+) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes; an axis that does not divide evenly stays whole."""
+    entries = []
+    for size, name in zip(shape, logical_axes, strict=True):
+        axes = RULES[name] if name is not None else None
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        ways = 1
+        for axis in axes:
+            ways *= mesh.shape[axis]
+        entries.append(axes if axes and size % ways == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: jax.sharding.Mesh, abstract_tree: Any) -> Any:
+    """The tree of `NamedSharding` for a tree of `HasAxes` (as `model.llama.abstract_params` makes)."""
+
+    def sharding(leaf: HasAxes) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(mesh, leaf.shape, leaf.logical_axes))
+
+    return jax.tree.map(sharding, abstract_tree)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Inside jit under `jax.set_mesh`: keeps `x` split along these axes. Without a mesh: `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, x.shape, logical_axes))

@@ -1,0 +1,158 @@
+"""Writes models as Hugging Face folders, which transformers, vLLM, llama.cpp's converter and this package read."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from lightning_jax.model.config import LlamaConfig
+from lightning_jax.model.llama import Params, abstract_params
+from lightning_jax.model.weights import LAYER_NAMES, TOP_NAMES
+
+MAX_SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_DTYPE_NAMES = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+}
+
+
+def save_hf(
+    folder: str | pathlib.Path,
+    config: LlamaConfig,
+    params: Params,
+    dtype: jnp.dtype = jnp.float32,
+    tokenizer_files_from: str | pathlib.Path | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model folder; a write that fails leaves what was there before.
+
+    Everything is written to a sibling of `folder` and synced to the disk first. A folder that did not exist then
+    appears complete, at once. In one that did, this model's files replace those of the same name, the config last, and
+    weights of an earlier model go; other files stay.
+
+    Args:
+        folder: the Hugging Face folder to make.
+        config, params: the model, in the master (stacked) form.
+        dtype: float32, bfloat16 or float16, of the stored weights.
+        tokenizer_files_from: a folder whose tokenizer files and chat template are copied.
+        max_shard_bytes: weights beyond this are split over several files with an index.
+    """
+    folder = pathlib.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        _write_weights(partial, config, params, np.dtype(dtype), max_shard_bytes)
+        if tokenizer_files_from is not None:
+            for name in TOKENIZER_FILES:
+                if (source := pathlib.Path(tokenizer_files_from) / name).exists():
+                    shutil.copyfile(source, partial / name)
+        ids = {
+            "bos_token_id": config.bos_id,
+            "eos_token_id": list(config.eos_ids) or None,
+            "pad_token_id": config.pad_id,
+        }
+        _write_json(partial / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+        _write_json(partial / "config.json", config.to_hf() | {"torch_dtype": _DTYPE_NAMES[np.dtype(dtype)]})
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        _move(partial, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts the finished files in place."""
+    if not folder.exists():
+        os.rename(partial, folder)
+        return
+    fresh = {file.name for file in partial.iterdir()}
+    for name in sorted(fresh, key=lambda name: name == "config.json"):
+        os.replace(partial / name, folder / name)
+    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+        if stale.name not in fresh:
+            stale.unlink()
+    _sync(folder)
+
+
+def _write_weights(
+    folder: pathlib.Path, config: LlamaConfig, params: Params, dtype: np.dtype, max_shard_bytes: int
+) -> None:
+    """One `model.safetensors`, or shards of at most `max_shard_bytes` (and one tensor) with an index."""
+    shards: list[list[tuple[str, tuple[str, int | None]]]] = [[]]
+    shard_bytes = total_bytes = 0
+    for hf_name, where, size in _tensor_names(config):
+        num_bytes = size * dtype.itemsize
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append((hf_name, where))
+        shard_bytes += num_bytes
+        total_bytes += num_bytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {hf_name: _hf_tensor(params, where, dtype) for hf_name, where in names}
+        # transformers refuses files without this note.
+        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _tensor_names(config: LlamaConfig) -> Iterator[tuple[str, tuple[str, int | None], int]]:
+    """Each tensor's Hugging Face name, its parameter and layer here, and how many numbers it holds."""
+    specs = abstract_params(config)
+    for name, hf_name in TOP_NAMES.items():
+        if name in specs:
+            yield hf_name, (name, None), int(np.prod(specs[name].shape))
+    for layer in range(config.num_layers):
+        for name, spec in specs["layers"].items():
+            yield f"model.layers.{layer}.{LAYER_NAMES[name]}", (name, layer), int(np.prod(spec.shape[1:]))
+
+
+def _hf_tensor(params: Params, where: tuple[str, int | None], dtype: np.dtype) -> np.ndarray:
+    """One parameter of one layer, as Hugging Face stores it: [out, in], heads flattened."""
+    name, layer = where
+    value = np.asarray(params[name] if layer is None else params["layers"][name][layer]).astype(dtype)
+    if name == "embed_vd":
+        return value
+    axes = name.rpartition("_")[2]
+    if "d" not in axes or len(axes) == 1:  # biases and norms
+        return value.reshape(-1)
+    value = value.reshape(-1, value.shape[-1]) if axes[-1] == "d" else value.reshape(value.shape[0], -1)
+    return np.ascontiguousarray(value.T)
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

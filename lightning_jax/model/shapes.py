@@ -1,0 +1,71 @@
+"""Published sizes by name, for measurements with random weights."""
+
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax.model.config import LlamaConfig, RopeScaling
+
+_LLAMA32 = {
+    "vocab_size": 128256,
+    "num_kv_heads": 8,
+    "rope_theta": 500000.0,
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+    "rms_norm_eps": 1e-5,
+    "tie_embeddings": True,
+    "max_seq_len": 131072,
+    "bos_id": 128000,
+    "eos_ids": (128001, 128008, 128009),
+}
+
+SHAPES = {
+    # https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct, config.json
+    "llama3.2-1b": LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, head_dim=64, **_LLAMA32
+    ),
+    # https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct, config.json
+    "llama3.2-3b": LlamaConfig(
+        hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, head_dim=128, **_LLAMA32
+    ),
+    # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, config.json
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        tie_embeddings=True,
+        max_seq_len=8192,
+        bos_id=1,
+        eos_ids=(2,),
+        pad_id=2,
+    ),
+    # The model that ships in this package.
+    "tiny": LlamaConfig(
+        vocab_size=264,
+        hidden_size=256,
+        intermediate_size=640,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        tie_embeddings=True,
+        max_seq_len=2048,
+        bos_id=257,
+        eos_ids=(259,),
+        pad_id=256,
+    ),
+}
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """The config called `name`.
+
+    Raises:
+        InvalidConfigError: there is none.
+    """
+    if name not in SHAPES:
+        raise InvalidConfigError(f"no model shape is called {name!r}", hint=f"known shapes: {', '.join(SHAPES)}")
+    return SHAPES[name]
