@@ -1,0 +1,52 @@
+"""What the environment sets. An argument always wins over a variable, a variable over the default."""
+
+import os
+from urllib.parse import urlsplit
+
+from agent_lightning.exceptions import InvalidConfigError
+
+SERVER_URL = "AGENT_LIGHTNING_SERVER_URL"
+API_KEY = "AGENT_LIGHTNING_API_KEY"
+MAX_RETRIES = "LIGHTNING_MAX_RETRIES"
+
+DEFAULT_MAX_RETRIES = 3
+
+
+def server_url(argument: str | None = None) -> str:
+    """The server's base URL without a trailing slash.
+
+    Raises:
+        InvalidConfigError: neither the argument nor AGENT_LIGHTNING_SERVER_URL is given, or it is not an HTTP URL.
+    """
+    source, url = ("server_url", argument) if argument else (SERVER_URL, os.environ.get(SERVER_URL))
+    if not url:
+        raise InvalidConfigError(
+            "no server URL", hint=f"pass server_url='http://localhost:8000' or set {SERVER_URL} to it"
+        )
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InvalidConfigError(f"{source}={url!r} is not a URL", hint="it looks like http://localhost:8000")
+    return url.rstrip("/")
+
+
+def api_key(argument: str | None = None) -> str | None:
+    """The API key, or None where the server needs none."""
+    return argument or os.environ.get(API_KEY) or None
+
+
+def max_retries(argument: int | None = None) -> int:
+    """How often one HTTP request is tried again.
+
+    Raises:
+        InvalidConfigError: LIGHTNING_MAX_RETRIES or the argument is not a whole number from 0 on.
+    """
+    source, value = ("max_retries", argument) if argument is not None else (MAX_RETRIES, os.environ.get(MAX_RETRIES))
+    if value is None or value == "":
+        return DEFAULT_MAX_RETRIES
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        raise InvalidConfigError(f"{source}={value!r} is not a whole number from 0 on")
+    return number

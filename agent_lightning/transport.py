@@ -1,0 +1,132 @@
+"""HTTP to the server: retries with backoff and jitter, and errors as this package's exceptions."""
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from agent_lightning import exceptions, settings
+
+RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 10.0
+
+
+class Transport:
+    """One server, many requests; thread-safe.
+
+    Every request may be sent more than once, so the server's writes are idempotent.
+
+    Args:
+        server_url: base URL.
+        api_key: sent as a bearer token.
+        timeout_s: how long one request may go without an answer, in seconds.
+        max_retries: how often it is sent again when the server cannot be reached or is not ready.
+        verify_ssl: whether the server's certificate is checked.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 300.0,
+        max_retries: int = settings.DEFAULT_MAX_RETRIES,
+        verify_ssl: bool = True,
+    ):
+        import httpx
+
+        self.server_url = server_url
+        self.max_retries = max_retries
+        self._errors = httpx.TransportError
+        self._http = httpx.Client(
+            base_url=server_url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            verify=verify_ssl,
+            limits=httpx.Limits(max_keepalive_connections=8, keepalive_expiry=60.0),
+        )
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: dict | None = None,
+        content: Callable[[], Iterable[bytes]] | None = None,
+        max_retries: int | None = None,
+    ) -> Any:
+        """Sends one request and returns the decoded JSON reply.
+
+        Args:
+            content: makes the body's chunks; called again for every retry.
+            max_retries: instead of the transport's own.
+
+        Raises:
+            ServerConnectionError: no usable answer after all retries, or the API key was refused.
+            AgentLightningError: the server's own error, as the class it names.
+        """
+        retries = self.max_retries if max_retries is None else max_retries
+        for attempt in range(retries + 1):
+            failure, wait_s = None, _backoff_s(attempt)
+            try:
+                body = content() if content else None
+                response = self._http.request(method, path, json=json, params=params, content=body)
+            except self._errors as error:
+                failure = self._unreachable(error)
+            else:
+                if response.is_success:
+                    return response.json()
+                failure = _error_from(response)
+                if response.status_code not in RETRY_STATUS:
+                    raise failure
+                wait_s = max(wait_s, _retry_after_s(response))
+            if attempt == retries:
+                raise failure
+            time.sleep(wait_s)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _unreachable(self, error: Exception) -> exceptions.ServerConnectionError:
+        wrapped = exceptions.ServerConnectionError(
+            f"cannot reach the server at {self.server_url}: {type(error).__name__}: {error}",
+            hint="start it with `agent-lightning server start`, or correct the URL",
+        )
+        wrapped.__cause__ = error
+        return wrapped
+
+
+def _backoff_s(attempt: int) -> float:
+    return random.uniform(0.5, 1.0) * min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt)
+
+
+def _retry_after_s(response) -> float:
+    try:
+        return min(60.0, float(response.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0
+
+
+def _error_from(response) -> Exception:
+    """The exception that a reply outside 2xx stands for: `{"error": {"type", "message", "hint"}}` where it has that."""
+    try:
+        error = response.json()["error"]
+        name, message, hint = error.get("type"), error["message"], error.get("hint")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        name, message, hint = None, response.text[:500], None
+    status = response.status_code
+    if status in (401, 403):
+        return exceptions.ServerConnectionError(
+            f"the server refused the API key: {message}", hint=hint or f"pass api_key= or set {settings.API_KEY}"
+        )
+    kind = getattr(exceptions, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, exceptions.AgentLightningError):
+        return kind(message, hint=hint)
+    if status in RETRY_STATUS:
+        return exceptions.ServerConnectionError(f"the server answered {status}: {message}", hint=hint)
+    request = response.request
+    return exceptions.AgentLightningError(
+        f"{request.method} {request.url.path} failed ({status}): {message}", hint=hint
+    )

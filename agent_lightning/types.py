@@ -1,0 +1,109 @@
+"""What agents receive and what training returns."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Resource:
+    """Where an agent finds the model, and what it may want to know about its rollout.
+
+    Attributes:
+        model_api: base URL of the model for this rollout. It speaks the OpenAI and Anthropic dialects, and whatever
+            is sent to it is recorded for this rollout; the URL itself is the credential.
+        model_name: the model's identifier. Any name is accepted by `model_api`.
+        task_id: the task's identifier, the same for every sample of that task.
+        worker_id: number of the worker process, from 0.
+        metadata: what was passed to `train(metadata=...)`, and about this rollout at least `rollout_id` and `attempt`.
+    """
+
+    model_api: str
+    model_name: str
+    task_id: str
+    worker_id: int
+    metadata: dict = field(default_factory=dict)
+
+
+class Task(dict):
+    """One line of the dataset: a dict whose fields are also attributes.
+
+    `task["x"]` always gives the field. `task.x` gives the field too, unless a dict has a method of that name.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this task has no field {name!r}; it has: {', '.join(map(str, self))}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"this task has no field {name!r}") from None
+
+    def __repr__(self) -> str:
+        return f"Task({dict.__repr__(self)})"
+
+
+@dataclass
+class Transition:
+    """One model call: what went in, what came out, and the reward assigned to it."""
+
+    input: str
+    output: str
+    reward: float = 0.0
+    metadata: dict = field(default_factory=dict)
+
+
+@dataclass
+class Trajectory:
+    """One rollout's transitions in order. `total_reward` is their sum unless it is given."""
+
+    task_id: str
+    transitions: list[Transition]
+    total_reward: float | None = None
+    metadata: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.transitions = [Transition(**t) if isinstance(t, dict) else t for t in self.transitions]
+        if self.total_reward is None:
+            self.total_reward = float(sum(t.reward for t in self.transitions))
+
+
+@dataclass
+class TrainingResult:
+    """What `Client.train` returns.
+
+    Attributes:
+        final_reward: held-out reward after the last update; without a test set, the last training reward.
+        train_rewards: mean reward of the rollouts behind each update, in order.
+        test_rewards: mean reward of each evaluation, in order.
+        checkpoints: paths on the server, in step order.
+        total_steps: number of updates.
+        total_time: seconds.
+        job_id: the job on the server.
+    """
+
+    final_reward: float
+    train_rewards: list[float] = field(default_factory=list)
+    test_rewards: list[float] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+    total_steps: int = 0
+    total_time: float = 0.0
+    job_id: str = ""
+
+    def __repr__(self) -> str:
+        def curve(rewards: list[float]) -> str:
+            if not rewards:
+                return "none"
+            return f"{rewards[0]:.3f} -> {rewards[-1]:.3f} ({len(rewards)})"
+
+        return (
+            f"TrainingResult(final_reward={self.final_reward:.4g}, train_rewards={curve(self.train_rewards)}, "
+            f"test_rewards={curve(self.test_rewards)}, total_steps={self.total_steps}, "
+            f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]})"
+        )
