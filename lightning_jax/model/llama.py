@@ -209,7 +209,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Rotary frequencies, [h / 2] float32, radians per position (arXiv:2104.09864; scaling as Llama 3.1 published it)."""
+    """Rotary frequencies, [h / 2] float32, radians per position (arXiv:2104.09864; Llama 3.1's scaling)."""
     freq = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:

@@ -256,7 +256,7 @@ def _gguf_config(reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor])
 def _gguf_rope_scaling(
     get: Callable[..., Any], family: str, tensors: dict[str, gguf.ReaderTensor], theta: float, head_dim: int
 ) -> RopeScaling | None:
-    """Rotary scaling; Llama 3's is stored only as the divisor of each frequency, from which its formula is recovered."""
+    """Rotary scaling; of Llama 3's only each frequency's divisor is stored, from which the formula is recovered."""
     kind = get(f"{family}.rope.scaling.type", "none")
     if "rope_freqs.weight" not in tensors:
         if kind == "linear":
