@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Installs the test extras into .venv and runs the tests; arguments go to pytest.
+#
+#   bash scripts/test.sh [tests/rl -k grpo ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source scripts/environment.sh
+make_environment
+install_packages tests ".[server,dev]"
+
+# PyTorch is what transformers, the reference of many tests, computes with. The product never imports it. These tests
+# are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error.
+TORCH=2.13.0
+if ! "$VENV_PYTHON" -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$TORCH')" 2>/dev/null; then
+    echo "installing torch $TORCH (CPU)"
+    if ! "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check "torch==$TORCH"; then
+        if "$VENV_PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+            echo "error: torch $TORCH could not be installed; the live comparisons with transformers need it" >&2
+            exit 1
+        fi
+        echo "warning: torch $TORCH could not be installed on $("$VENV_PYTHON" --version): the live comparisons with" \
+            "transformers are skipped, and the committed reference values stand in for them" >&2
+    fi
+fi
+
+exec "$VENV_PYTHON" -m pytest "$@"
