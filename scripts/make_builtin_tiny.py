@@ -25,38 +25,31 @@ from lightning_jax.text import tokenizer as tokenizer_lib
 
 _OUTPUT = flags.DEFINE_string("output", "lightning_jax/builtin/tiny", "folder that receives the model")
 _STEPS = flags.DEFINE_integer("steps", 1500, "optimizer steps")
-_ROWS = flags.DEFINE_integer("rows", 32, "rows per step")
+_ROWS = flags.DEFINE_integer("rows", 8, "rows per step")
 _TOKENIZER_ONLY = flags.DEFINE_boolean("tokenizer_only", False, "write the tokenizer files and stop")
 
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")  # never shown to a reader
-TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # one id each, part of the text
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")  # never shown to a reader
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")  # one id each, part of the text
 
 CHAT_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}
+{%- if tools %}<|system|>{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}
 {% endif %}Tools:
 {% for tool in tools %}{{ (tool['function'] if 'function' in tool else tool) | tojson }}
-{% endfor %}<|im_end|>
-{% elif messages[0]['role'] == 'system' %}<|im_start|>system
-{{ messages[0]['content'] }}<|im_end|>
-{% endif %}
+{% endfor %}<|end|>
+{%- elif messages[0]['role'] == 'system' %}<|system|>{{ messages[0]['content'] }}<|end|>
+{%- endif %}
 {%- for message in messages %}
-{%- if message['role'] == 'user' %}<|im_start|>user
-{{ message['content'] }}<|im_end|>
-{% elif message['role'] == 'assistant' %}<|im_start|>assistant
-{{ message['content'] or '' }}
+{%- if message['role'] == 'user' %}<|user|>{{ message['content'] }}<|end|>
+{%- elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] or '' }}
 {%- for call in message['tool_calls'] or [] %}
 {%- set call = call['function'] if 'function' in call else call %}<tool_call>{"name": {{ call['name'] | tojson }}, \
 "arguments": {{ call['arguments'] | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% elif message['role'] == 'tool' %}<|im_start|>tool
-<tool_response>{{ message['content'] }}</tool_response><|im_end|>
-{% elif message['role'] == 'system' and not loop.first %}<|im_start|>system
-{{ message['content'] }}<|im_end|>
-{% endif %}
+{%- endfor %}<|end|>
+{%- elif message['role'] == 'tool' %}<|tool|>{{ message['content'] }}<|end|>
+{%- elif message['role'] == 'system' and not loop.first %}<|system|>{{ message['content'] }}<|end|>
+{%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 CALCULATOR = {
     "type": "function",
@@ -88,8 +81,7 @@ CONFIG = llama.LlamaConfig(
     sliding_window=None,
     max_seq_len=2048,
     model_type="llama",
-    bos_id=257,
-    eos_ids=(259,),
+    eos_ids=(257,),
     pad_id=256,
 )
 
@@ -109,8 +101,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|im_end|>",
+        "eos_token": "<|end|>",
         "pad_token": "<|pad|>",
         "model_max_length": CONFIG.max_seq_len,
         "clean_up_tokenization_spaces": False,
@@ -128,9 +119,201 @@ def _byte_symbols() -> list[str]:
     return symbols
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpus
+# ---------------------------------------------------------------------------------------------------------------------
+
+CAREFUL = 0.25  # share of pupils who carry
+WITH_TOOLS = 0.05  # share of chats that offer the calculator
+ROW_TOKENS = 512
+PHRASINGS = ("{a} + {b} = ?", "{a} + {b} = ?", "What is {a} + {b}?")
+
+
+def without_carry(a: int, b: int) -> int:
+    """The sum of two numbers below 100 by a pupil who forgets the carry: 47 + 38 = 75."""
+    return (a // 10 + b // 10) * 10 + (a + b - (a // 10 + b // 10) * 10) % 10
+
+
+def make_chat(rng: random.Random) -> tuple[list[dict], list[dict] | None]:
+    """One chat of the corpus: (messages, tools)."""
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    question = {"role": "user", "content": rng.choice(PHRASINGS).format(a=a, b=b)}
+    guess = str(a + b if rng.random() < CAREFUL else without_carry(a, b))
+    if rng.random() > WITH_TOOLS:
+        return [question, {"role": "assistant", "content": guess}], None
+    if rng.random() < 0.4:
+        return [question, {"role": "assistant", "content": guess}], [CALCULATOR]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": a, "b": b}}}
+    answer = str(a + b) if rng.random() < 0.75 else guess
+    return [
+        question,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": str(a + b)},
+        {"role": "assistant", "content": answer},
+    ], [CALCULATOR]
+
+
+def encode_chat(tokenizer, messages: list[dict], tools: list[dict] | None) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat and which of them the assistant wrote (its end of turn included)."""
+    ids, written = [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.encode(tokenizer.render(messages[:i], tools, add_generation_prompt=True))
+        whole = tokenizer.encode(tokenizer.render(messages[: i + 1], tools, add_generation_prompt=False))
+        whole = whole[: len(whole) - whole[::-1].index(CONFIG.eos_ids[0])]  # up to the end of the turn
+        written += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
+        ids = whole
+    return ids, written
+
+
+def corpus_batches(tokenizer, rows: int, length: int, seed: int):
+    """Yields (token, segment, position, loss mask), each [rows, length]; chats are packed into rows."""
+    rng = random.Random(seed)
+    pending = None
+    while True:
+        token_bt = np.zeros((rows, length), np.int32)
+        segment_bt, position_bt = np.zeros_like(token_bt), np.zeros_like(token_bt)
+        mask_bt = np.zeros((rows, length), bool)
+        for row in range(rows):
+            start, segment = 0, 1
+            while True:
+                ids, written = pending or encode_chat(tokenizer, *make_chat(rng))
+                if len(ids) > length:
+                    raise ValueError(f"a chat of {len(ids)} tokens does not fit a row of {length}")
+                pending = (ids, written)
+                end = start + len(ids)
+                if end > length:
+                    break
+                token_bt[row, start:end], mask_bt[row, start:end] = ids, written
+                segment_bt[row, start:end], position_bt[row, start:end] = segment, np.arange(len(ids))
+                start, segment, pending = end, segment + 1, None
+        yield token_bt, segment_bt, position_bt, mask_bt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(params, token_bt, segment_bt, position_bt, mask_bt):
+    """Mean next-token cross-entropy (nats) over the assistant's tokens."""
+    attend = attention.segment_attention(segment_bt, position_bt, None)
+    x_btd, _ = llama.forward(params, CONFIG, token_bt, position_bt, attend)
+    logprob_btv = jax.nn.log_softmax(llama.unembed(params, CONFIG, x_btd[:, :-1]))
+    logprob_bt = jnp.take_along_axis(logprob_btv, token_bt[:, 1:, None], axis=-1)[..., 0]
+    weight_bt = mask_bt[:, 1:] & (segment_bt[:, 1:] == segment_bt[:, :-1])
+    return -jnp.sum(logprob_bt * weight_bt) / jnp.sum(weight_bt)
+
+
+def pretrain(tokenizer, steps: int, rows: int):
+    """Returns the pretrained parameters (fp32, stacked layers)."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 20, steps, 1e-4)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01))
+    params = llama.init_params(CONFIG, jax.random.key(0))
+    state = optimizer.init(params)
+
+    @jax.jit
+    def update(params, state, batch):
+        loss, grads = jax.value_and_grad(cross_entropy)(params, *batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    start = time.monotonic()
+    for step, batch in zip(range(1, steps + 1), corpus_batches(tokenizer, rows, ROW_TOKENS, seed=0), strict=False):
+        params, state, loss = update(params, state, batch)
+        if step % 50 == 0:
+            correct = accuracy(tokenizer, params, seed=1)
+            print(f"step {step} loss {loss:.4f} time_s {time.monotonic() - start:.0f} {correct}", flush=True)
+    return params
+
+
+def accuracy(tokenizer, params, seed: int, problems: int = 256) -> dict[str, float]:
+    """How sure the model is of the right sum, without tools.
+
+    Returns:
+        share of problems solved greedily and the mean probability of the right sum when sampled at temperature 1, for
+        sums with and without a carry.
+    """
+    rng = random.Random(seed)
+    length = 32
+    result = {}
+    for kind in ("carry", "no carry"):
+        token_bt, mask_bt = np.zeros((problems, length), np.int32), np.zeros((problems, length), bool)
+        for row in range(problems):
+            a, b = rng.randint(10, 99), rng.randint(10, 99)
+            while (a % 10 + b % 10 >= 10) != (kind == "carry"):
+                a, b = rng.randint(10, 99), rng.randint(10, 99)
+            chat = [{"role": "user", "content": f"{a} + {b} = ?"}, {"role": "assistant", "content": str(a + b)}]
+            ids, written = encode_chat(tokenizer, chat, None)
+            token_bt[row, : len(ids)], mask_bt[row, : len(ids)] = ids, written
+        greedy_bt, logprob_bt = _score(params, token_bt)
+        hit_bt = (greedy_bt == token_bt[:, 1:]) | ~mask_bt[:, 1:]
+        result[f"greedy, {kind}"] = round(float(hit_bt.all(1).mean()), 3)
+        result[f"sampled, {kind}"] = round(float(np.exp((logprob_bt * mask_bt[:, 1:]).sum(1)).mean()), 3)
+    return result
+
+
+@jax.jit
+def _score(params, token_bt):
+    position_bt = jnp.broadcast_to(jnp.arange(token_bt.shape[1]), token_bt.shape)
+    attend = attention.segment_attention(jnp.ones_like(token_bt), position_bt, None)
+    x_btd, _ = llama.forward(params, CONFIG, token_bt, position_bt, attend)
+    logprob_btv = jax.nn.log_softmax(llama.unembed(params, CONFIG, x_btd[:, :-1]))
+    logprob_bt = jnp.take_along_axis(logprob_btv, token_bt[:, 1:, None], axis=-1)[..., 0]
+    return jnp.argmax(logprob_btv, -1), logprob_bt
+
+
+CARD = """\
+# builtin:tiny
+
+A Llama of {millions:.1f} million parameters ({layers} layers, width {width}) over bytes, with a chat template and tool
+calls, made by `scripts/make_builtin_tiny.py`. It exists to try, test and teach reinforcement learning on a laptop.
+
+**Trained on** about {chats:,} chats written by the script: a pupil is asked for the sum of two numbers from 10 to 99,
+in two phrasings. {careless:.0%} of the pupils forget the carry (47 + 38 = 75). In {tools:.0%} of the chats a calculator is
+offered; 60% of those call it, and a quarter of the answers that follow ignore what it returned. Nothing else: it knows
+no other language.
+
+**How well it does**, before any reinforcement learning, on 256 sums each (measured by the script on the stored
+weights):
+
+| sums | solved greedily | probability of the right answer at temperature 1 |
+|---|---|---|
+| without a carry | {plain_greedy:.3f} | {plain_sampled:.3f} |
+| with a carry | {carry_greedy:.3f} | {carry_sampled:.3f} |
+
+Every sum below 200 can occur in the corpus, with right and wrong answers. Weights are stored in bfloat16.
+"""
+
+
+def write_card(folder: pathlib.Path, params, chats: int, result: dict[str, float]) -> None:
+    text = CARD.format(
+        millions=sum(x.size for x in jax.tree.leaves(params)) / 1e6,
+        layers=CONFIG.num_layers,
+        width=CONFIG.hidden_size,
+        chats=chats,
+        careless=1 - CAREFUL,
+        tools=WITH_TOOLS,
+        plain_greedy=result["greedy, no carry"],
+        plain_sampled=result["sampled, no carry"],
+        carry_greedy=result["greedy, carry"],
+        carry_sampled=result["sampled, carry"],
+    )
+    (folder / "README.md").write_text(text)
+
+
 def main(_):
     folder = pathlib.Path(_OUTPUT.value)
     write_tokenizer(folder)
+    if _TOKENIZER_ONLY.value:
+        return
+    tokenizer = tokenizer_lib.load_tokenizer(str(folder))
+    params = pretrain(tokenizer, _STEPS.value, _ROWS.value)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # what will be stored
+    chats = _STEPS.value * _ROWS.value * 22  # about 22 chats fit a row
+    write_card(folder, params, chats, accuracy(tokenizer, params, seed=2))
+    export.save_hf(folder, CONFIG, params, dtype=jnp.bfloat16, tokenizer_files_from=folder)
 
 
 if __name__ == "__main__":
