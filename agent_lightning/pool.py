@@ -1,10 +1,9 @@
 """The worker pool: leases rollouts from the server and runs each in one of N warm worker processes.
 
-    server  <-- exchange: results out, leases in -->  Pool  <-- socket -->  worker 0 .. N-1
+    server  <-- results out, leases in -->  Pool  <-- socket -->  worker 0 .. N-1
 
-One thread owns the workers (`run`). Two more talk to the server: the reporter sends results the moment there are any
-and takes new leases in the same request; the asker long-polls for leases while workers are idle. A rollout that
-overstays its time, or whose process dies, is reported with its cause; the process group is killed and replaced.
+One thread owns the workers (`Pool.run`); `leases.py` talks to the server. A rollout that overstays its time, or whose
+process dies, is reported with its cause, and the worker with all that it started is killed and replaced.
 """
 
 import argparse
@@ -14,27 +13,19 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent_lightning import settings
 from agent_lightning.agent_source import pack_agent
-from agent_lightning.exceptions import (
-    AgentLightningError,
-    InvalidConfigError,
-    ServerConnectionError,
-    TrainingError,
-)
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
 from agent_lightning.framing import pack
+from agent_lightning.leases import Leases
 from agent_lightning.transport import Transport
 from agent_lightning.worker_process import State, WorkerProcess
 
-LIVE_JOB = frozenset({"queued", "pending", "running", "stopping"})
-POLL_S = 10.0  # how long the server may hold a request for leases
-HEARTBEAT_S = 5.0  # how often a pool with nothing to report says that it is there
+ENDED_JOB = frozenset({"succeeded", "failed", "stopped"})
 CHECK_S = 1.0  # how often workers are checked for a death that their sockets did not show
 EXIT_GRACE_S = 2.0
 FAILED_STARTS = 3  # in a row, before the agent is taken to be at fault
@@ -60,7 +51,8 @@ class Pool:
     Args:
         server_url: base URL of the server.
         job_id: the job whose rollouts to run.
-        agent: a callable `(resource, task) -> reward`, or a script as `file.py` or `file.py:function`.
+        agent: a callable `(resource, task) -> reward`, a script as `file.py` or `file.py:function`, or what
+            `pack_agent` made of either.
         nworkers: number of worker processes, at least 1.
         api_key: the server's API key.
         give_up_s: seconds without any answer from the server before the pool ends with an error; a restart of the
@@ -77,7 +69,7 @@ class Pool:
         self,
         server_url: str,
         job_id: str,
-        agent: Callable | str,
+        agent: Callable | str | dict,
         nworkers: int,
         *,
         api_key: str | None = None,
@@ -92,30 +84,18 @@ class Pool:
         if nworkers < 1:
             raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes from 1 on")
         self._server_url, self._nworkers = server_url, nworkers
-        self._path = f"/api/jobs/{job_id}/exchange"
-        self._pool_id = uuid.uuid4().hex
-        self._agent = pack_agent(agent)
-        self._give_up_s, self._start_timeout_s = give_up_s, start_timeout_s
+        self._agent = agent if isinstance(agent, dict) else pack_agent(agent)
+        self._start_timeout_s = start_timeout_s
         self._on_output = on_output or _print_output
+        self._parent_pid = os.getppid() if exit_with_parent else None
         self._transport = Transport(
             server_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries, verify_ssl=verify_ssl
         )
-        self._parent_pid = os.getppid() if exit_with_parent else None
-        # The pool's own thread alone touches these:
+        self._leases = Leases(self._transport, job_id, give_up_s=give_up_s, wake=self._wake)
         self._workers: dict[int, WorkerProcess] = {}
+        self._idle: list[WorkerProcess] = []
         self._counts = collections.Counter()
         self._failed_starts = 0
-        # Shared with the reporter and the asker, under the condition:
-        self._changed = threading.Condition()
-        self._idle: list[WorkerProcess] = []
-        self._results: list[dict] = []
-        self._inbox: collections.deque[dict] = collections.deque()
-        self._cancelled: set[str] = set()
-        self._held: set[str] = set()  # leases from their arrival until the server has their result
-        self._asked = 0  # idle workers for whom a request for leases is under way
-        self._reporting = False
-        self._job_status = "running"
-        self._failure: BaseException | None = None
         self._stopped = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -141,13 +121,12 @@ class Pool:
         last, next_check = None, 0.0
         try:
             self._start_workers()
-            for lane in (self._report, self._ask):
-                threading.Thread(target=self._lane, args=(lane,), daemon=True, name=f"pool-{lane.__name__}").start()
-            while self._job_status in LIVE_JOB and not self._stopped:
+            self._leases.start()
+            while self._leases.job_status not in ENDED_JOB and not self._stopped:
                 for key, events in self._selector.select(self._wait_s(next_check)):
                     key.data(events)
-                if self._failure:
-                    raise self._failure
+                if self._leases.failure:
+                    raise self._leases.failure
                 self._hand_out()
                 now = time.monotonic()
                 self._watch(now, check=now >= next_check)
@@ -160,7 +139,7 @@ class Pool:
             self._close()
         if on_status:
             on_status(self.status())
-        return self._job_status
+        return self._leases.job_status
 
     def stop(self) -> None:
         """Makes `run` return now, from any thread or signal handler; rollouts under way are killed."""
@@ -172,7 +151,7 @@ class Pool:
         states = collections.Counter(worker.state for worker in self._workers.values())
         counts = self._counts
         return PoolStatus(
-            job_status=self._job_status,
+            job_status=self._leases.job_status,
             starting=self._nworkers - states[State.IDLE] - states[State.BUSY],
             idle=states[State.IDLE],
             busy=states[State.BUSY],
@@ -181,8 +160,6 @@ class Pool:
             crashed=counts["crash"],
             timed_out=counts["timeout"],
         )
-
-    # ---- workers: only the thread in run() -----------------------------------------------------------------------
 
     def _start_workers(self) -> None:
         """Starts workers that are missing, a core's worth at a time so that the first are ready early."""
@@ -229,18 +206,15 @@ class Pool:
             raise TrainingError(
                 f"the agent cannot be loaded in a worker: {error['type']}: {error['message']}\n{error['traceback']}"
             )
-        with self._changed:
-            if kind == "ready":
-                self._failed_starts = 0
-                worker.finished()
-            else:
-                worker.finished()
-                self._counts[message["cause"] or "succeeded"] += 1
-                self._results.append(message)
-            self._idle.append(worker)
-            self._changed.notify_all()
+        worker.finished()
+        self._idle.append(worker)
         if kind == "ready":
+            self._failed_starts = 0
+            self._leases.add(workers=1)
             self._start_workers()
+        else:
+            self._counts[message["cause"] or "succeeded"] += 1
+            self._leases.add(workers=1, result=message)
 
     def _on_print(self, worker: WorkerProcess) -> None:
         text, ended = worker.read_output()
@@ -250,22 +224,17 @@ class Pool:
             self._selector.unregister(worker.output)
 
     def _hand_out(self) -> None:
-        """Cancels what the server has taken back, and gives waiting leases to idle workers."""
-        if not self._inbox and not self._cancelled:
-            return
-        started = []
-        with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
-            self._inbox = collections.deque(lease for lease in self._inbox if lease["lease_id"] not in cancelled)
-            while self._inbox and self._idle:
-                started.append((self._idle.pop(), self._inbox.popleft()))
-        for worker, lease in started:
+        """Gives leases to idle workers, and ends what the server has taken back."""
+        leases, cancelled = self._leases.take()
+        for lease in leases:
+            worker = self._idle.pop()
             model_api = f"{self._server_url}/rollout/{lease['token']}"
             worker.run(lease, pack(lease | {"model_api": model_api}))
             self._send(worker)
-        for worker in self._workers.values():
-            if worker.state is State.BUSY and worker.lease["lease_id"] in cancelled:
-                self._lose(worker, "cancelled")
+        if cancelled:
+            for worker in self._workers.values():
+                if worker.state is State.BUSY and worker.lease["lease_id"] in cancelled:
+                    self._lose(worker, "cancelled")
 
     def _watch(self, now: float, check: bool) -> None:
         """Gives up what is overdue, buries the dead, and now and then looks for unseen deaths."""
@@ -281,12 +250,11 @@ class Pool:
             self._stopped = True
 
     def _lose(self, worker: WorkerProcess, cause: str) -> None:
-        with self._changed:
-            if worker in self._idle:
-                self._idle.remove(worker)
-        starting = worker.state is State.STARTING
+        if worker.state is State.IDLE:
+            self._idle.remove(worker)
+            self._leases.add(workers=-1)
+        self._failed_starts += worker.state is State.STARTING
         worker.give_up(cause)
-        self._failed_starts += starting
 
     def _bury(self, worker: WorkerProcess) -> None:
         ending = worker.kill()
@@ -300,32 +268,26 @@ class Pool:
             if self._failed_starts >= FAILED_STARTS:
                 what = f"took over {self._start_timeout_s:g} s" if worker.cause == "timeout" else ending
                 raise TrainingError(f"a worker that was loading the agent {what}; it printed:\n{worker.printed()}")
-        else:
+        elif worker.cause != "cancelled":
             self._report_loss(worker, ending)
         self._start_workers()
 
     def _report_loss(self, worker: WorkerProcess, ending: str) -> None:
         lease, cause = worker.lease, worker.cause
-        with self._changed:
-            if cause == "cancelled":
-                return
-            name, message = {
-                "timeout": ("RolloutTimeout", f"the agent did not return within {lease['timeout_s']:g} s; killed"),
-                "crash": ("WorkerCrash", f"the worker process {ending} during the rollout"),
-            }[cause]
-            error = {"type": name, "message": message, "traceback": worker.printed()}
-            self._counts[cause] += 1
-            self._results.append(
-                {
-                    "lease_id": lease["lease_id"],
-                    "reward": None,
-                    "error": error,
-                    "cause": cause,
-                    "events": [],
-                    "duration_s": time.monotonic() - worker.started,
-                }
-            )
-            self._changed.notify_all()
+        name, message = {
+            "timeout": ("RolloutTimeout", f"the agent did not return within {lease['timeout_s']:g} s; killed"),
+            "crash": ("WorkerCrash", f"the worker process {ending} during the rollout"),
+        }[cause]
+        self._counts[cause] += 1
+        result = {
+            "lease_id": lease["lease_id"],
+            "reward": None,
+            "error": {"type": name, "message": message, "traceback": worker.printed()},
+            "cause": cause,
+            "events": [],
+            "duration_s": time.monotonic() - worker.started,
+        }
+        self._leases.add(result=result)
 
     def _wait_s(self, next_check: float) -> float:
         """Seconds until something is due although nothing happens."""
@@ -337,9 +299,7 @@ class Pool:
 
     def _close(self) -> None:
         """Idle workers leave on their own; all others, and all that they started, are killed."""
-        self._stopped = True
-        with self._changed:
-            self._changed.notify_all()
+        self._leases.stop()
         leaving = [worker for worker in self._workers.values() if worker.state is State.IDLE]
         for worker in self._workers.values():
             if worker.state is not State.IDLE:
@@ -364,81 +324,6 @@ class Pool:
             self._wake_out.send(b"!")
         except BlockingIOError:  # it is awake already
             pass
-
-    # ---- the server: the reporter and the asker ------------------------------------------------------------------
-
-    def _lane(self, lane: Callable[[], None]) -> None:
-        try:
-            while not self._stopped:
-                lane()
-        except BaseException as error:
-            self._failure = error
-            self._wake()
-
-    def _free(self) -> int:
-        return len(self._idle) - len(self._inbox) - self._asked
-
-    def _report(self) -> None:
-        """Sends results, with a request for as many new leases as workers are free."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._results or self._stopped, timeout=HEARTBEAT_S)
-            if self._stopped:
-                return
-            results, self._results = self._results, []
-            self._reporting = True
-            want = max(0, self._free())
-            self._asked += want
-        try:
-            self._exchange(results, want, 0.0)
-        finally:
-            with self._changed:
-                self._reporting = False
-                self._changed.notify_all()
-
-    def _ask(self) -> None:
-        """Waits at the server for leases, for workers that are free although no result is under way."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopped or (self._free() > 0 and not self._results and not self._reporting)
-            )
-            if self._stopped:
-                return
-            want = self._free()
-            self._asked += want
-        self._exchange([], want, POLL_S)
-
-    def _exchange(self, results: list[dict], want: int, wait_s: float) -> None:
-        """One exchange, repeated until the server answers, and what its reply means for the pool."""
-        sent = {result["lease_id"] for result in results}
-        failing_since = None
-        while True:
-            with self._changed:
-                running = list(self._held - sent)
-            body = {
-                "pool_id": self._pool_id,
-                "results": results,
-                "running": running,
-                "want": want,
-                "wait_s": wait_s,
-            }
-            try:
-                reply = self._transport.request("POST", self._path, json=body)
-                break
-            except ServerConnectionError:
-                now = time.monotonic()
-                failing_since = failing_since or now
-                if self._stopped or now - failing_since > self._give_up_s:
-                    raise
-        with self._changed:
-            self._asked -= want
-            self._held -= sent.union(reply["cancelled"])
-            leases = [lease for lease in reply["leases"] if lease["lease_id"] not in self._held]
-            self._held.update(lease["lease_id"] for lease in leases)
-            self._inbox.extend(leases)
-            self._cancelled.update(reply["cancelled"])
-            self._job_status = reply["job_status"]
-            self._changed.notify_all()
-        self._wake()
 
 
 def _print_output(worker_id: int, text: str) -> None:
