@@ -1,1 +1,1 @@
-"""Reinforcement learning: recorded calls to rows, rows to batches, batches to updates, and the checkpoints of it all."""
+"""Reinforcement learning: recorded calls to rows, rows to batches, batches to updates; and checkpoints."""

@@ -1,8 +1,8 @@
 """Rows of all lengths to blocks of one length, several rows side by side in a block.
 
-Shapes are a function of the rows alone, and take few values: a block is a power of two long, and the number of blocks in
-a micro-batch is a power of two or one and a half times one. So a run compiles a handful of programs, and a run that was
-killed and resumed computes with the same shapes, hence to the same bits, as one that was not.
+Shapes are a function of the rows alone, and take few values: a block is a power of two long, and the number of blocks
+in a micro-batch is a power of two or one and a half times one. So a run compiles a handful of programs, and a run that
+was killed and resumed computes with the same shapes, hence to the same bits, as one that was not.
 """
 
 from collections.abc import Sequence

@@ -122,7 +122,9 @@ def _check(calls: Sequence[TokenCall], index: int) -> None:
     if call.parent is None:
         return
     if not 0 <= call.parent < index:
-        raise ValueError(f"call {call.call_id} is number {index} and names {call.parent} as its parent, not an earlier one")
+        raise ValueError(
+            f"call {call.call_id} is number {index} and names {call.parent} as its parent, not an earlier one"
+        )
     parent = calls[call.parent]
     held = [*parent.prompt_ids, *parent.sampled_ids]
     if list(call.prompt_ids[: len(held)]) != held:

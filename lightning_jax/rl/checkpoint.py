@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written to `tmp.step-N` beside its place and renamed to `step-N` once every byte is on disk; then the
+symlink `latest` is swapped. A process killed at any moment, or a disk that fills up, leaves the older checkpoints and
+`latest` as they were, and at most a `tmp.` folder that the next save removes.
+
+    checkpoints/step-20/params      float32 masters, restorable alone (serving) and on any mesh
+                        optimizer   optimizer state and step
+                        extra       JSON: data position, seed, history, whatever the loop needs to go on
+    checkpoints/latest -> step-20
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from agent_lightning.exceptions import InvalidConfigError, TrainingError
+from lightning_jax.rl.update import TrainState
+
+_STEP = re.compile(r"step-(\d+)")
+_TEMPORARY = "tmp."
+
+
+def save(
+    folder: str | os.PathLike, step: int, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None
+) -> Path:
+    """Writes `folder/step-N`, makes it the latest, and then removes the oldest ones. One writer per folder.
+
+    Args:
+        folder: made if it is not there.
+        step: N, of the training loop; an existing checkpoint of this step is replaced.
+        state: the learner's.
+        extra: anything JSON.
+        max_to_keep: how many checkpoints to leave, this one included; None for all.
+
+    Raises:
+        TrainingError: it could not be written (a full disk, most often). Older checkpoints are as they were.
+    """
+    folder = Path(folder).absolute()
+    final, temporary = folder / f"step-{step}", folder / f"{_TEMPORARY}step-{step}"
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+        extra=ocp.args.JsonSave(json.loads(json.dumps(extra))),  # fails here, not halfway, on what JSON cannot hold
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(temporary, args=items)
+        if jax.process_index() == 0:
+            _put_in_place(temporary, final)
+            _point_latest_to(final)
+            _remove_oldest(folder, max_to_keep)
+    except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and RuntimeError for a full disk
+        _remove_temporaries(folder)
+        whole = latest(folder)
+        raise TrainingError(
+            f"could not write checkpoint {final}: {error}",
+            hint=f"{_free_space(folder)}; the newest whole checkpoint is {whole or 'none'}",
+        ) from error
+    return final
+
+
+def latest(folder: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint in a folder of checkpoints, or None."""
+    folder = Path(folder).absolute()
+    link = folder / "latest"
+    if link.is_symlink() and link.exists():
+        return link.resolve()
+    steps = _steps(folder)  # killed between the two renames of a replacement, or copied without links
+    return steps[max(steps)] if steps else None
+
+
+def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Reads a checkpoint.
+
+    Args:
+        path: `step-N`, `latest`, or the folder that holds them.
+        abstract_state: of `jax.ShapeDtypeStruct`, as `Learner.abstract_state` gives; its shardings may be another
+            mesh's than the one the checkpoint was written on.
+
+    Returns:
+        The state, to the bit as it was saved, and `extra`.
+
+    Raises:
+        InvalidConfigError: there is no checkpoint, or it is another model's or optimizer's.
+    """
+    items = _restore(
+        path,
+        params=ocp.args.StandardRestore(abstract_state.params),
+        optimizer=ocp.args.StandardRestore({"opt_state": abstract_state.opt_state, "step": abstract_state.step}),
+        extra=ocp.args.JsonRestore(),
+    )
+    return TrainState(params=items.params, **items.optimizer), items.extra
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
+    """Reads the parameters alone, in the dtypes and shardings of a tree of `jax.ShapeDtypeStruct`; see `restore`."""
+    return _restore(path, params=ocp.args.StandardRestore(abstract_params)).params
+
+
+def read_extra(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads `extra` alone; see `restore`."""
+    return _restore(path, extra=ocp.args.JsonRestore()).extra
+
+
+def _restore(path: str | os.PathLike, **items: Any) -> Any:
+    path = Path(path).absolute()
+    found = path.resolve() if _STEP.fullmatch(path.resolve().name) and path.is_dir() else latest(path)
+    if found is None:
+        raise InvalidConfigError(f"there is no checkpoint at {path}", hint="give a step-N folder or the one above it")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(found, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError) as error:
+        raise InvalidConfigError(
+            f"checkpoint {found} does not fit this model and optimizer: {error}",
+            hint="resume with the settings it was made with, or choose another workdir",
+        ) from error
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints by step."""
+    if not folder.is_dir():
+        return {}
+    matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    if final.exists():  # a directory cannot be renamed onto another
+        replaced = final.with_name(f"{_TEMPORARY}replaced-{final.name}")
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    _remove_temporaries(final.parent)
+
+
+def _point_latest_to(final: Path) -> None:
+    link = final.with_name(f"{_TEMPORARY}latest")
+    link.symlink_to(final.name)
+    os.replace(link, final.with_name("latest"))
+    _sync_folder(final.parent)
+
+
+def _remove_oldest(folder: Path, max_to_keep: int | None) -> None:
+    steps = _steps(folder)
+    for step in sorted(steps)[: -max_to_keep if max_to_keep else 0]:
+        if steps[step] == latest(folder):
+            continue  # a run that began anew in this folder counts from a lower step
+        os.rename(steps[step], folder / f"{_TEMPORARY}old-step-{step}")  # never seen half removed
+    _remove_temporaries(folder)
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free there"
+    except OSError as error:
+        return f"the folder cannot be read ({error})"

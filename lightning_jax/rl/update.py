@@ -1,0 +1,234 @@
+"""The learner's device programs: pure functions of arrays and static settings, which can be lowered from shapes alone.
+
+`accumulate` adds a micro-batch's gradient and metric sums to the totals. Every token weighs 1 / (loss tokens of the
+whole optimizer step), so that the division into micro-batches does not show in the gradient. `apply` clips the total
+and takes one AdamW step. Masters, gradients and optimizer state are float32; each micro-batch computes in
+`LearnerSettings.compute_dtype`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lightning_jax import mesh as mesh_lib
+from lightning_jax.model import attention, llama
+from lightning_jax.rl import losses
+from lightning_jax.rl.packing import Batch
+
+SUMS = ("loss", "kl", "entropy", "clipped", "ratio", "logprob_diff")
+MAXIMA = ("ratio_max", "logprob_diff_max")
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerSettings:
+    """What an update does. Hashable: a static argument of `jax.jit`.
+
+    Attributes:
+        kl_coef: weight of the divergence from the reference; 0 keeps no reference.
+        clip_low, clip_high: the policy ratio's gain ends at 1 - clip_low and 1 + clip_high.
+        max_grad_norm: the gradient is scaled down to this global norm; None to leave it.
+        weight_decay: AdamW's, on matrices (not on norms and biases).
+        warmup_steps: optimizer steps over which the learning rate rises to `learning_rate`, linearly.
+        optimizer_steps: parts that an update's blocks are divided into, with an optimizer step for each.
+        gradient_accumulation: micro-batches of an optimizer step; more, when rows are more than `batch_size`.
+        batch_size: rows that one update is expected to have, and `max_seq_len` the tokens of the longest; with
+            `gradient_accumulation` they bound the memory of a micro-batch.
+        min_block_length: packing fills blocks at least this long.
+        remat: what the backward pass keeps of each layer, see `llama.REMAT_POLICIES`; None for everything.
+        compute_dtype: "float32" or "bfloat16".
+    """
+
+    learning_rate: float = 5e-7
+    kl_coef: float = 0.001
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    entropy_coef: float = 0.0
+    max_grad_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    warmup_steps: int = 0
+    optimizer_steps: int = 1
+    gradient_accumulation: int = 1
+    batch_size: int = 256
+    max_seq_len: int = 4096
+    min_block_length: int = 256
+    remat: str | None = None
+    compute_dtype: str = "float32"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything an update changes."""
+
+    params: llama.Params  # float32, stacked layers
+    opt_state: optax.OptState
+    step: jax.Array  # int32, optimizer steps taken
+
+
+@flax.struct.dataclass
+class Totals:
+    """What the micro-batches of an optimizer step add up to."""
+
+    grads: llama.Params  # float32
+    sums: dict[str, jax.Array]  # float32 scalars, by the names in SUMS
+    maxima: dict[str, jax.Array]  # float32 scalars, by the names in MAXIMA
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def policy_logprobs(
+    params: llama.Params, batch: Batch, *, config: llama.LlamaConfig, settings: LearnerSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob and entropy of every token of a batch, [B, T] float32 each; see `losses.token_logprobs`."""
+    params = llama.cast_params(params, jnp.dtype(settings.compute_dtype))
+    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window)
+    x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
+    return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"), donate_argnames="totals")
+def accumulate(
+    totals: Totals,
+    params: llama.Params,
+    reference: llama.Params | None,
+    batch: Batch,
+    old_logprob_bt: jax.Array | None,
+    num_tokens: jax.Array,
+    *,
+    config: llama.LlamaConfig,
+    settings: LearnerSettings,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Totals:
+    """Adds a micro-batch's gradient and metric sums to the totals, which are donated.
+
+    Args:
+        totals: of the optimizer step so far.
+        params: float32 masters.
+        reference: in the compute dtype; None without a KL term.
+        batch: [B, T] each.
+        old_logprob_bt: [B, T] float32, of the policy that sampled; None when that is `params`.
+        num_tokens: float32 scalar, loss tokens of the whole optimizer step.
+    """
+    reference_logprob_bt = None
+    if reference is not None:
+        with jax.named_scope("reference"):
+            reference_logprob_bt, _ = policy_logprobs(reference, batch, config=config, settings=settings)
+
+    def loss(params: llama.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logprob_bt, entropy_bt = policy_logprobs(params, batch, config=config, settings=settings)
+        old_bt = jax.lax.stop_gradient(logprob_bt) if old_logprob_bt is None else old_logprob_bt
+        loss, scalars = losses.grpo_loss(
+            logprob_bt,
+            old_bt,
+            reference_logprob_bt,
+            entropy_bt,
+            batch.advantage_bt,
+            batch.loss_mask_bt,
+            num_tokens,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            kl_coef=settings.kl_coef,
+            entropy_coef=settings.entropy_coef,
+        )
+        diff_bt = jnp.where(batch.loss_mask_bt, jnp.abs(old_bt - batch.sampler_logprob_bt), 0.0)
+        return loss, scalars | {"logprob_diff": jnp.sum(diff_bt), "logprob_diff_max": jnp.max(diff_bt)}
+
+    grads, scalars = jax.grad(loss, has_aux=True)(params)
+    grads = jax.tree.map(jnp.add, totals.grads, grads)
+    if mesh is not None:
+        grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, mesh))
+    return Totals(
+        grads=grads,
+        sums={name: total + scalars.get(name, 0.0) for name, total in totals.sums.items()},
+        maxima={name: jnp.maximum(largest, scalars[name]) for name, largest in totals.maxima.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"), donate_argnames="state")
+def apply(
+    state: TrainState,
+    totals: Totals,
+    num_tokens: jax.Array,
+    *,
+    config: llama.LlamaConfig,
+    settings: LearnerSettings,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step, and its metrics as float32 scalars. `state` is donated.
+
+    A gradient that is not finite changes nothing but the "skipped" metric.
+    """
+    grad_norm = optax.global_norm(totals.grads)
+    updates, opt_state = make_optimizer(settings).update(totals.grads, state.opt_state, state.params)
+    stepped = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+    finite = jnp.isfinite(grad_norm)
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+    if mesh is not None:
+        new_state = jax.lax.with_sharding_constraint(new_state, state_shardings(config, settings, mesh))
+    return new_state, {
+        **totals.sums,
+        **totals.maxima,
+        "num_tokens": num_tokens,
+        "grad_norm": grad_norm,
+        "learning_rate": _learning_rate(settings)(state.step),
+        "skipped": 1.0 - finite,
+    }
+
+
+def make_optimizer(settings: LearnerSettings) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) behind clipping by global norm."""
+    adamw = optax.adamw(
+        _learning_rate(settings),
+        b1=settings.adam_b1,
+        b2=settings.adam_b2,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree.map_with_path(_is_decayed, params),
+    )
+    if settings.max_grad_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
+
+
+def _learning_rate(settings: LearnerSettings) -> optax.Schedule:
+    """Linear warm-up whose first step already moves, then constant."""
+    if not settings.warmup_steps:
+        return optax.constant_schedule(settings.learning_rate)
+    return lambda step: settings.learning_rate * jnp.minimum(1.0, (step + 1) / settings.warmup_steps)
+
+
+def _is_decayed(path: tuple, _: Any) -> bool:
+    """Whether weight decay pulls at a parameter: norms and biases are left alone."""
+    return "norm" not in path[-1].key and "bias" not in path[-1].key
+
+
+def init_state(settings: LearnerSettings, params: llama.Params) -> TrainState:
+    return TrainState(params=params, opt_state=make_optimizer(settings).init(params), step=jnp.zeros((), jnp.int32))
+
+
+def zero_totals(params: llama.Params) -> Totals:
+    return Totals(
+        grads=jax.tree.map(jnp.zeros_like, params),
+        sums={name: jnp.zeros(()) for name in SUMS},
+        maxima={name: jnp.zeros(()) for name in MAXIMA},
+    )
+
+
+def param_shardings(config: llama.LlamaConfig, mesh: jax.sharding.Mesh) -> Any:
+    return mesh_lib.shardings(mesh, llama.abstract_params(config))
+
+
+def state_shardings(config: llama.LlamaConfig, settings: LearnerSettings, mesh: jax.sharding.Mesh) -> TrainState:
+    """Optimizer moments live where their parameters do; counters everywhere."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.eval_shape(functools.partial(llama.init_params, config), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(init_state, settings), params)
+    shardings = param_shardings(config, mesh)
+    opt_state = optax.tree_map_params(
+        make_optimizer(settings), lambda _, s: s, state.opt_state, shardings, transform_non_params=lambda _: whole
+    )
+    return TrainState(params=shardings, opt_state=opt_state, step=whole)

@@ -1,0 +1,91 @@
+"""Packing: nothing is lost, nothing is doubled, and shapes are few."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_jax.rl import packing
+from lightning_jax.rl.trajectory import Row
+
+
+def make_row(rng, length, rollout):
+    mask = rng.random(length) < 0.5
+    return Row(
+        token_ids=rng.integers(1, 1000, length).astype(np.int32),
+        loss_mask=mask,
+        sampler_logprob=np.where(mask, -rng.random(length), 0).astype(np.float32),
+        temperature=np.where(mask, 0.5, 1).astype(np.float32),
+        rollout_index=rollout,
+    )
+
+
+lengths = st.lists(st.integers(1, 32), min_size=1, max_size=20)
+
+
+@given(lengths, st.randoms(use_true_random=False))
+def test_every_row_is_found_again_whole_and_the_rest_is_padding(lengths, random):
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, length, rollout) for rollout, length in enumerate(lengths)]
+    advantage_n = rng.normal(size=len(rows)).astype(np.float32)
+    shuffled = random.sample(rows, len(rows))
+    batch = packing.pack(shuffled, advantage_n, 32)
+    jax.tree.map(np.testing.assert_array_equal, batch, packing.pack(rows, advantage_n, 32))
+
+    found = []
+    for b in range(batch.token_bt.shape[0]):
+        assert batch.segment_bt[b, 0] == 1, "a block without a row"
+        for segment in range(1, batch.segment_bt[b].max() + 1):
+            (where,) = np.nonzero(batch.segment_bt[b] == segment)
+            np.testing.assert_array_equal(where, np.arange(where[0], where[0] + len(where)))
+            np.testing.assert_array_equal(batch.position_bt[b, where], np.arange(len(where)))
+            found.append(jax.tree.map(lambda x, b=b, where=where: x[b, where], batch))
+    assert len(found) == len(rows)
+    unfound = list(range(len(rows)))
+    for segment in found:
+        index = next(i for i in unfound if np.array_equal(segment.token_bt, rows[i].token_ids))
+        unfound.remove(index)
+        row = rows[index]
+        np.testing.assert_array_equal(segment.loss_mask_bt, row.loss_mask)
+        np.testing.assert_array_equal(segment.sampler_logprob_bt, row.sampler_logprob)
+        np.testing.assert_array_equal(segment.temperature_bt, row.temperature)
+        np.testing.assert_array_equal(segment.advantage_bt, np.where(row.loss_mask, advantage_n[index], 0))
+    padding = batch.segment_bt == 0
+    assert padding.sum() == padding.size - sum(lengths)
+    assert not batch.loss_mask_bt[padding].any()
+
+
+@given(lengths)
+def test_first_fit_leaves_at_most_one_block_less_than_half_full(lengths):
+    rng = np.random.default_rng(0)
+    batch = packing.pack([make_row(rng, n, i) for i, n in enumerate(lengths)], np.zeros(len(lengths), np.float32), 32)
+    assert ((batch.segment_bt > 0).sum(axis=1) <= 16).sum() <= 1
+
+
+def test_a_row_longer_than_a_block_is_refused():
+    with pytest.raises(ValueError, match="33 tokens does not fit a block of 32"):
+        packing.pack([make_row(np.random.default_rng(0), 33, 0)], np.zeros(1, np.float32), 32)
+
+
+def test_block_lengths_are_powers_of_two():
+    assert [packing.block_length(n, minimum=64) for n in (1, 64, 65, 128, 129, 4096)] == [64, 64, 128, 128, 256, 4096]
+
+
+def test_micro_batch_sizes_are_few_and_hold_their_share():
+    sizes = {n: packing.micro_batch_size(n, 1, limit=10**6) for n in range(1, 1025)}
+    assert set(sizes.values()) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024}
+    assert all(n <= size <= max(n + 1, 1.5 * n) for n, size in sizes.items())
+    assert packing.micro_batch_size(64, 4, limit=100) == 16
+    assert packing.micro_batch_size(64, 1, limit=10) == 10
+    assert packing.micro_batch_size(5, 1, limit=100, multiple=8) == 8
+
+
+def test_micro_batches_are_the_batch_and_padding():
+    rng = np.random.default_rng(0)
+    batch = packing.pack([make_row(rng, 30, i) for i in range(7)], np.zeros(7, np.float32), 32)
+    parts = packing.micro_batches(batch, 3)
+    assert [part.token_bt.shape for part in parts] == [(3, 32)] * 3
+    joined = jax.tree.map(lambda *blocks: np.concatenate(blocks), *parts)
+    jax.tree.map(lambda whole, original: np.testing.assert_array_equal(whole[:7], original), joined, batch)
+    assert not joined.segment_bt[7:].any() and not joined.loss_mask_bt[7:].any()
