@@ -64,8 +64,6 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
     _argv[:] = [rest[0], f"--config={path}", *rest[1:]]
     try:
         return flag_values(_argv)
-    except flags.Error as error:  # an unknown flag, with absl's own suggestion
-        raise InvalidConfigError(str(error)) from error
     except Exception as error:  # a config file may raise anything
         raise _explained(error, file) from error
 
@@ -126,13 +124,13 @@ def _split_config(argv: list[str]) -> tuple[str, list[str]]:
 
 def _explained(error: BaseException, file: str) -> InvalidConfigError:
     """The error in this project's words, with the line of the config file that raised it where one did."""
-    cause: BaseException | None = error
+    cause: BaseException | None = error if file != __file__ else None
     while cause is not None:
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if os.path.abspath(frame.filename) == os.path.abspath(file):
                 return _in_config_file(cause, f"{file}, line {frame.lineno}")
         cause = cause.__cause__ or cause.__context__
-    return InvalidConfigError(str(error))
+    return InvalidConfigError(str(error))  # an unknown flag, with absl's own suggestion
 
 
 def _in_config_file(error: BaseException, source: str) -> InvalidConfigError:

@@ -77,9 +77,7 @@ def default_config() -> config_dict.ConfigDict:
     runtime.gradient_accumulation = 4  # micro-batches that one update's rows are split into
     runtime.epochs = 1  # passes over the training tasks
     runtime.total_steps = 0  # updates after which to end; 0: when the epochs are over
-    runtime.eval_interval = (
-        50  # updates between evaluations on the test tasks; 0: only before the first and after the last
-    )
+    runtime.eval_interval = 50  # updates between evaluations; 0: only before the first and after the last
     runtime.checkpoint_interval = 100  # updates between checkpoints; 0: only after the last
     runtime.max_to_keep = 5  # checkpoints kept, the newest; 0: all
     runtime.remat = "full"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full" (each layer)
@@ -108,7 +106,7 @@ def default_config() -> config_dict.ConfigDict:
     data.test_file = ""  # JSONL, held-out tasks for evaluations
 
     c.server = server = config_dict.ConfigDict()
-    server.host = "127.0.0.1"
+    server.host = "127.0.0.1"  # the address to listen on; "0.0.0.0" is every one of this machine
     server.port = 8000  # 0: any free one
     server.api_key = ""  # asked of clients where it is not empty; rollout URLs carry their own
 
@@ -139,6 +137,7 @@ def _one_of(*choices: str) -> _Rule:
 
 _POSITIVE = _Rule(lambda v: v > 0, "greater than 0")
 _DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
+_POWER_OF_TWO = _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
 _RULES = {
     "mode": _one_of("serve", "train", "evaluate"),
     "workdir": _Rule(bool, "a folder's path"),
@@ -146,43 +145,33 @@ _RULES = {
     "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
     "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
-    "model.tensor_parallel": _at_least(1),
     "algorithm.name": _one_of(*ALGORITHMS),
-    "algorithm.group_size": _at_least(2),
-    "algorithm.learning_rate": _at_least(0),
-    "algorithm.warmup_steps": _at_least(0),
-    "algorithm.weight_decay": _at_least(0),
     "algorithm.adam_b1": _DECAY,
     "algorithm.adam_b2": _DECAY,
     "algorithm.max_grad_norm": _POSITIVE,
-    "algorithm.kl_coef": _at_least(0),
     "algorithm.clip_range": _Rule(lambda v: 0 < v < 1, "between 0 and 1"),
-    "algorithm.entropy_coef": _at_least(0),
-    "runtime.max_seq_len": _at_least(2),
-    "runtime.batch_size": _at_least(2),
-    "runtime.gradient_accumulation": _at_least(1),
-    "runtime.epochs": _at_least(1),
-    "runtime.total_steps": _at_least(0),
-    "runtime.eval_interval": _at_least(0),
-    "runtime.checkpoint_interval": _at_least(0),
-    "runtime.max_to_keep": _at_least(0),
     "runtime.remat": _one_of("none", "dots", "full"),
-    "sampler.max_slots": _at_least(1),
-    "sampler.kv_cache_tokens": _at_least(1),
-    "sampler.page_size": _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two"),
-    "sampler.decode_steps": _at_least(1),
-    "sampler.prefill_chunk": _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two"),
-    "sampler.max_queue": _at_least(1),
-    "sampler.temperature": _at_least(0),
+    "sampler.page_size": _POWER_OF_TWO,
+    "sampler.prefill_chunk": _POWER_OF_TWO,
     "sampler.top_p": _Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "sampler.top_k": _at_least(0),
-    "sampler.max_tokens": _at_least(1),
     "agent.nworkers": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 to choose it from cores and batch"),
     "agent.rollout_timeout_s": _POSITIVE,
-    "agent.max_attempts": _at_least(1),
     "server.host": _Rule(bool, "an address to listen on, such as '127.0.0.1' or '0.0.0.0'"),
     "server.port": _Rule(lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
+_SMALLEST = {  # section -> smallest value -> names
+    "model": {1: "tensor_parallel"},
+    "algorithm": {0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef", 2: "group_size"},
+    "runtime": {
+        0: "total_steps eval_interval checkpoint_interval max_to_keep",
+        1: "gradient_accumulation epochs",
+        2: "max_seq_len batch_size",
+    },
+    "sampler": {0: "temperature top_k", 1: "max_slots kv_cache_tokens decode_steps max_queue max_tokens"},
+    "agent": {1: "max_attempts"},
+}
+for _section, _lows in _SMALLEST.items():
+    _RULES |= {f"{_section}.{name}": _at_least(low) for low, names in _lows.items() for name in names.split()}
 
 
 def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None = None) -> None:

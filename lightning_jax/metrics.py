@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,7 +170,7 @@ class _WandB:
         wandb = _package("wandb", "logging.wandb_project")
         id_file = workdir / "wandb_run_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = wandb.init(
             project=project,
             id=id_file.read_text(encoding="utf-8"),

@@ -1,0 +1,132 @@
+"""A run's curves: the JSONL file, across kills and resumes, and the same numbers in TensorBoard and W&B."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax.metrics import MetricsWriter, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_each_write_is_one_json_object_on_the_disk_at_once(tmp_path):
+    with MetricsWriter(tmp_path / "new" / "run") as writer:
+        writer.write(0, {"reward/mean": 0.25, "train/tokens": 12})
+        lines = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [{"step": 0, "reward/mean": 0.25, "train/tokens": 12}]
+        writer.write(1, {"reward/mean": 0.5})
+    assert read_metrics(tmp_path / "new" / "run")[1] == {"step": 1, "reward/mean": 0.5}
+
+
+def test_scalars_of_numpy_and_jax_are_numbers_and_keep_their_value(tmp_path):
+    jnp = pytest.importorskip("jax.numpy")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(np.int64(3), {"a/f64": np.float64(0.1), "a/i32": np.int32(7), "a/jax": jnp.float32(0.5)})
+    assert read_metrics(tmp_path) == [{"step": 3, "a/f64": 0.1, "a/i32": 7, "a/jax": 0.5}]
+
+
+def test_what_json_has_no_number_for_becomes_null(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write(1, {"policy/kl": float("nan"), "policy/ratio_max": np.inf, "policy/loss": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "policy/kl": None,
+        "policy/ratio_max": None,
+        "policy/loss": 1.0,
+    }
+
+
+@pytest.mark.parametrize("metrics", [{"loss": 1.0}, {"Policy/Loss": 1.0}, {"a/b": "high"}, {"a/b": np.zeros(2)}])
+def test_a_bad_name_or_value_is_an_error_and_writes_nothing(tmp_path, metrics):
+    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError):
+        writer.write(1, metrics)
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_resumed_run_gives_the_file_that_an_uninterrupted_one_gives(tmp_path):
+    def write(folder, first, last):
+        with MetricsWriter(folder) as writer:
+            if first:
+                writer.truncate_after(first - 1)
+            for step in range(first, last + 1):
+                writer.write(step, {"reward/mean": step / 7})
+
+    write(tmp_path / "whole", 0, 6)
+    write(tmp_path / "killed", 0, 4)
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward/me')  # the kill
+    write(tmp_path / "killed", 3, 6)  # from the checkpoint of step 2
+    whole, killed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole
+
+
+def test_a_line_that_a_kill_cut_short_is_not_glued_to_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a/b": 1}\n{"step": 1, "a/')
+    assert read_metrics(tmp_path) == [{"step": 0, "a/b": 1}]
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"a/b": 2})
+    assert read_metrics(tmp_path) == [{"step": 0, "a/b": 1}, {"step": 1, "a/b": 2}]
+
+
+def test_a_foreign_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nhello\n{"step": 1}\n')
+    with pytest.raises(InvalidConfigError, match="metrics.jsonl, line 2"):
+        read_metrics(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from lightning_jax.metrics import MetricsWriter
+writer = MetricsWriter(sys.argv[1])
+writer.write(1, {"a/b": 1})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_written_survives_kill_9(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -9
+    assert read_metrics(tmp_path) == [{"step": 1, "a/b": 1}]
+
+
+def test_tensorboard_reads_the_curve_and_forgets_what_was_cut(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        for step in range(5):
+            writer.write(step, {"reward/mean": step / 8})
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.truncate_after(2)
+        writer.write(3, {"reward/mean": 0.75})
+    curve = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    curve.Reload()
+    assert [(e.step, e.value) for e in curve.Scalars("reward/mean")] == [(0, 0), (1, 0.125), (2, 0.25), (3, 0.75)]
+
+
+def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        with MetricsWriter(tmp_path, wandb_project="lightning-jax-tests", config={"seed": 1}) as writer:
+            writer.write(step, {"reward/mean": 0.5})
+            writer.truncate_after(step)
+            ids.append((tmp_path / "wandb_run_id").read_text())
+    assert ids[0] == ids[1]
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert files and all(b"reward/mean" in file.read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("package, option", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb_project": "p"})])
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, package, option):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # what Python itself keeps for a package that cannot be imported
+    with pytest.raises(InvalidConfigError, match=f"pip install {package}"):
+        MetricsWriter(tmp_path, **option)
