@@ -1,0 +1,107 @@
+"""What a job shows while it runs: a bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from agent_lightning.pool import PoolStatus
+
+
+class JobProgress:
+    """Follows one job; a context manager. `on_event`, `on_status` and `on_output` may be called from any thread."""
+
+    def __init__(self, title: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(file=sys.stderr)
+        self._live = self._console.is_terminal or self._console.is_jupyter
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._steps = self._bar.add_task(title, total=None, note="starting workers")
+        self._title = title
+        self._total_steps: int | None = None
+        self._reward = self._speed = self._left = ""
+        self._rollouts = self._ended_before = 0
+        self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
+        self._first_step: tuple[int, float] | None = None
+
+    def __enter__(self) -> "JobProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def on_event(self, event: dict, job: dict) -> None:
+        """Takes one of the job's events, and the job as it is now."""
+        kind, step, data = event["kind"], event["step"], event["data"]
+        self._total_steps = job.get("total_steps") or self._total_steps
+        if kind.endswith("_started"):
+            self._rollouts, self._ended_before = data["rollouts"], _ended(self._seen)
+        elif kind == "step":
+            self._on_step(job["step"], data)
+        elif kind == "evaluation":
+            line = f"held-out reward {_number(data['eval/reward'])} ({data['eval/count']:.0f} tasks) at step {step}"
+            self.say(line)
+        elif kind == "checkpoint" and not self._live:
+            self.say(f"checkpoint {data['path']}")
+        self._refresh()
+
+    def on_status(self, status: PoolStatus) -> None:
+        """Takes the pool's state."""
+        self._seen = status
+        self._refresh()
+
+    def on_output(self, worker_id: int, text: str) -> None:
+        """Prints what an agent printed, above the bar."""
+        for line in text.splitlines():
+            self.say(f"[worker {worker_id}] {line}")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _on_step(self, step: int, data: dict) -> None:
+        now = time.monotonic()
+        self._first_step = self._first_step or (step, now)
+        first, since = self._first_step
+        if self._total_steps and step > first:
+            self._left = f"{_duration((now - since) / (step - first) * (self._total_steps - step))} left"
+        self._reward = f"reward {_number(data['reward/mean'])}"
+        if "sampler/tokens_per_s" in data:
+            self._speed = f"{data['sampler/tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._steps, completed=step, total=self._total_steps)
+        if not self._live:
+            failed = f"{data['rollout/failed']:.0f} failed" if data.get("rollout/failed") else ""
+            parts = [f"step {step}/{self._total_steps or '?'}", self._reward, failed, self._speed, self._left]
+            self.say("  ".join(filter(None, parts)))
+
+    def _refresh(self) -> None:
+        if not self._live:
+            return
+        ended = min(_ended(self._seen) - self._ended_before, self._rollouts)
+        rollouts = f"rollouts {ended}/{self._rollouts}" if self._rollouts else "waiting for the server"
+        if not self._seen.idle and not self._seen.busy:
+            rollouts = "starting workers"
+        self._bar.update(self._steps, note="  ".join(filter(None, [self._reward, rollouts, self._speed, self._left])))
+
+
+def _ended(status: PoolStatus) -> int:
+    return status.succeeded + status.failed
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
