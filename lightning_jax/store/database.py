@@ -29,17 +29,17 @@ CREATE TABLE jobs (
     job_id TEXT PRIMARY KEY, created REAL NOT NULL, status TEXT NOT NULL, step INTEGER NOT NULL, total_steps INTEGER,
     error TEXT, traceback TEXT, result TEXT, spec TEXT NOT NULL);
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, created REAL NOT NULL, kind TEXT NOT NULL, step INTEGER NOT NULL,
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, created REAL NOT NULL, kind TEXT NOT NULL, step INTEGER NOT NULL,
     data TEXT NOT NULL);
 CREATE INDEX events_of_job ON events (job_id, seq);
 CREATE TABLE rollouts (
-    rollout_id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, step INTEGER NOT NULL, mode TEXT NOT NULL,
+    rollout_id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, step INTEGER NOT NULL, mode TEXT NOT NULL,
     task_id TEXT NOT NULL, task_index INTEGER NOT NULL, "group" INTEGER NOT NULL, sample INTEGER NOT NULL,
     task TEXT NOT NULL, status TEXT NOT NULL, cause TEXT, reward REAL, error TEXT, traceback TEXT,
     attempt INTEGER NOT NULL, attempt_id INTEGER, duration_s REAL NOT NULL DEFAULT 0);
 CREATE INDEX rollouts_of_job ON rollouts (job_id, step);
 CREATE TABLE attempts (
-    attempt_id INTEGER PRIMARY KEY, rollout_id INTEGER NOT NULL, number INTEGER NOT NULL, pool_id TEXT NOT NULL,
+    attempt_id INTEGER PRIMARY KEY AUTOINCREMENT, rollout_id INTEGER NOT NULL, number INTEGER NOT NULL, pool_id TEXT NOT NULL,
     created REAL NOT NULL, cause TEXT, events TEXT);
 CREATE INDEX attempts_of_rollout ON attempts (rollout_id);
 CREATE TABLE calls (
@@ -107,6 +107,11 @@ class Database:
             self._local.connection = connection
             self._readers.append(connection)
         return connection.execute(sql, parameters).fetchall()
+
+    def newest_id(self, table: str) -> int:
+        """The largest id ever given in a table whose ids count up, rows deleted since included; 0 before the first."""
+        rows = self.read("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
+        return rows[0][0] if rows else 0
 
     def write(self, *statements: Statement) -> None:
         """Queues statements, each (sql, rows of parameters), to be committed together after all queued before them."""

@@ -29,8 +29,7 @@ class Jobs:
         for job in self._jobs.values():
             job["spec"] = json.loads(job["spec"])
             job["result"] = json.loads(job["result"]) if job["result"] else None
-        ((newest,),) = database.read("SELECT coalesce(max(seq), 0) FROM events")
-        self._sequence = itertools.count(newest + 1)
+        self._sequence = itertools.count(database.newest_id("events") + 1)  # followers count on its only ever growing
         self._newest: dict[str, int] = dict(database.read("SELECT job_id, max(seq) FROM events GROUP BY job_id"))
 
     def create(self, spec: dict, job_id: str | None = None) -> str:
@@ -48,6 +47,23 @@ class Jobs:
         self._database.flush()
         self._announce()
         return job_id
+
+    def restart(self, job_id: str, spec: dict) -> None:
+        """See `Store.restart_job`."""
+        with self._changed:
+            if job_id not in self._jobs:
+                raise UnknownError(f"there is no job {job_id!r}")
+            self._jobs[job_id]["spec"] = dict(spec)
+            self._database.write(("UPDATE jobs SET spec = ? WHERE job_id = ?", [(json.dumps(spec), job_id)]))
+        self.update(job_id, status="queued", error=None, traceback=None, result=None)
+
+    def discard_events(self, job_id: str, step: int) -> None:
+        """Forgets the job's events of steps after `step`."""
+        with self._changed:
+            self._database.write(("DELETE FROM events WHERE job_id = ? AND step > ?", [(job_id, step)]))
+            self._database.flush()
+            rows = self._database.read("SELECT max(seq) FROM events WHERE job_id = ?", (job_id,))
+            self._newest[job_id] = rows[0][0] or 0
 
     def get(self, job_id: str) -> dict:
         with self._changed:
@@ -67,7 +83,7 @@ class Jobs:
         unknown = fields.keys() - set(_FIELDS)
         if unknown:
             raise TypeError(f"a job has no field {', '.join(sorted(unknown))}")
-        stored = [json.dumps(value) if name == "result" else value for name, value in fields.items()]
+        stored = [json.dumps(value) if name == "result" and value else value for name, value in fields.items()]
         with self._changed:
             if job_id not in self._jobs:
                 raise UnknownError(f"there is no job {job_id!r}")
@@ -90,18 +106,21 @@ class Jobs:
         self._announce()
         return sequence
 
+    def has_events(self, job_id: str, after: int) -> bool:
+        """See `Store.has_events`."""
+        self.get(job_id)
+        return self._newest.get(job_id, 0) > after
+
     def events(self, job_id: str, after: int = 0, wait_s: float = 0.0, limit: int = 1000) -> list[dict]:
         """See `Store.events`."""
         deadline = time.monotonic() + wait_s
         with self._changed:
-            if job_id not in self._jobs:
-                raise UnknownError(f"there is no job {job_id!r}")
-            while self._newest.get(job_id, 0) <= after and not self.ended(job_id):
+            while not self.has_events(job_id, after) and not self.ended(job_id):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    return []
+                    break
                 self._changed.wait(left)
-            if self._newest.get(job_id, 0) <= after:
+            if not self.has_events(job_id, after):
                 return []
         self._database.flush()
         sql = "SELECT seq, created, kind, step, data FROM events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?"

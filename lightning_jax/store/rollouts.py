@@ -52,17 +52,14 @@ class Rollouts:
         self._database, self._jobs, self._changed, self._announce = database, jobs, changed, announce
         database.write(("UPDATE rollouts SET status = 'cancelled' WHERE status = 'open'", [()]))
         database.flush()
-        self._rollout_ids = itertools.count(self._newest("rollout_id", "rollouts") + 1)
-        self._attempt_ids = itertools.count(self._newest("attempt_id", "attempts") + 1)
+        self._rollout_ids = itertools.count(database.newest_id("rollouts") + 1)
+        self._attempt_ids = itertools.count(database.newest_id("attempts") + 1)
         self._open: dict[int, _Rollout] = {}
         self._waiting: dict[str, collections.deque[_Rollout]] = collections.defaultdict(collections.deque)
         self._leases: dict[str, Attempt] = {}
         self._tokens: dict[str, Attempt] = {}
         self._pools: dict[str, float] = {}
         self._ticked = time.monotonic()
-
-    def _newest(self, column: str, table: str) -> int:
-        return self._database.read(f"SELECT coalesce(max({column}), 0) FROM {table}")[0][0]
 
     # ---- the training loop's side ----
 
@@ -135,9 +132,8 @@ class Rollouts:
             (f"DELETE FROM calls WHERE attempt_id IN ({attempts})", rows),
             (f"DELETE FROM attempts WHERE rollout_id IN ({later})", rows),
             ("DELETE FROM rollouts WHERE job_id = ? AND step > ?", rows),
-            ("DELETE FROM events WHERE job_id = ? AND step > ?", rows),
         )
-        self._database.flush()
+        self._jobs.discard_events(job_id, step)
 
     # ---- the worker pool's side ----
 

@@ -103,6 +103,10 @@ class Store:
         """Sets any of status, step, total_steps, error, traceback, result (a JSON-ready dict)."""
         self._jobs.update(job_id, **fields)
 
+    def restart_job(self, job_id: str, spec: dict) -> None:
+        """Queues a job again, under a new spec; its events and rollouts stay. Raises UnknownError."""
+        self._jobs.restart(job_id, spec)
+
     def add_event(self, job_id: str, kind: str, step: int, data: dict) -> int:
         """Appends to the job's events and returns the event's sequence number, which only ever grows."""
         return self._jobs.add_event(job_id, kind, step, data)
@@ -113,6 +117,10 @@ class Store:
         Waits up to `wait_s` for one while the job goes on. Raises UnknownError.
         """
         return self._jobs.events(job_id, after, wait_s)
+
+    def has_events(self, job_id: str, after: int) -> bool:
+        """Whether `events` would return some without waiting. Raises UnknownError."""
+        return self._jobs.has_events(job_id, after)
 
     def discard_after(self, job_id: str, step: int) -> None:
         """Forgets the job's rollouts and events of steps after `step`, and cancels what is open."""

@@ -1,0 +1,195 @@
+"""Builds the app, and runs it."""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+
+import ml_collections
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
+from lightning_jax.policy import Policy
+from lightning_jax.server import anthropic_messages, control, openai_chat, wire
+from lightning_jax.server.auth import RequireKey
+from lightning_jax.server.generate import ApiError, ClientGone, Generator
+from lightning_jax.store import Store
+
+_log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 120  # longer than clients keep idle connections, so that it is they who close them
+_BACKLOG = 2048
+_CLOSED_REQUEST = 499  # as nginx has it; nobody reads it
+
+# The SDKs differ in what they append to a base URL.
+_PREFIXES = [base + version for base in ("/rollout/{token}", "") for version in ("/v1", "", "/v1/v1")]
+_DIALECTS = {
+    "/chat/completions": (openai_chat.chat_completions, openai_chat.error_response),
+    "/messages": (anthropic_messages.messages, anthropic_messages.error_response),
+}
+
+
+def create_app(
+    *, config: ml_collections.ConfigDict, policy: Policy, store: Store, jobs: control.JobRunner | None = None
+) -> FastAPI:
+    """The server's app.
+
+    Args:
+        config: the program's configuration; `server` and `sampler` are read.
+        jobs: runs jobs for clients; None where the program runs one job of its own.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        app.state.pulse = control.Pulse(store)
+        yield
+        app.state.pulse.close()
+
+    app = FastAPI(title="Lightning JAX", lifespan=lifespan)
+    app.state.store, app.state.jobs = store, jobs
+    app.state.generator = Generator(policy, store, config.sampler)
+    app.state.closing = lambda: False
+    for path, (endpoint, _) in _DIALECTS.items():
+        for prefix in _PREFIXES:
+            app.add_api_route(prefix + path, endpoint, methods=["POST"], include_in_schema=prefix in ("", "/v1"))
+    for prefix in _PREFIXES:
+        app.add_api_route(prefix + "/models", _models, methods=["GET"], include_in_schema=prefix == "/v1")
+    app.include_router(control.router)
+    app.add_api_route("/health", _health, methods=["GET"])
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))
+    app.add_exception_handler(AgentLightningError, lambda request, error: control.error_response(error))
+    app.add_exception_handler(RequestValidationError, _invalid_body)
+    app.add_exception_handler(Exception, _crash)
+    if config.server.api_key:
+        app.add_middleware(RequireKey, api_key=config.server.api_key)
+    return app
+
+
+async def _health(request: Request) -> Response:
+    """Answers as soon as requests are served, with no key."""
+    policy: Policy = request.app.state.generator.policy
+    return wire.json_response({"status": "ok", "model": policy.name, "policy_version": policy.version})
+
+
+async def _models(request: Request) -> Response:
+    """The one model, in a form that both OpenAI's and Anthropic's SDK read."""
+    generator: Generator = request.app.state.generator
+    generator.attempt(request.path_params.get("token"))
+    policy = generator.policy
+    model = {
+        "id": policy.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "lightning-jax",
+        "max_model_len": policy.max_seq_len,
+        "type": "model",
+        "display_name": policy.name,
+        "created_at": "1970-01-01T00:00:00Z",
+    }
+    return wire.json_response(
+        {"object": "list", "data": [model], "has_more": False, "first_id": policy.name, "last_id": policy.name}
+    )
+
+
+def _dialect_error(request: Request):
+    """How errors look to whoever sent this request."""
+    return next((shape for path, (_, shape) in _DIALECTS.items() if request.url.path.endswith(path)), None)
+
+
+def _api_error(request: Request, error: ApiError) -> Response:
+    return (_dialect_error(request) or openai_chat.error_response)(error)
+
+
+def _invalid_body(request: Request, error: RequestValidationError) -> Response:
+    field, text = wire.first_problem(error.errors())
+    message = f"{field.removeprefix('body.').removeprefix('query.')}: {text}"
+    return wire.json_response({"error": {"type": "InvalidConfigError", "message": message, "hint": None}}, 422)
+
+
+def _crash(request: Request, error: Exception) -> Response:
+    message = f"{type(error).__name__}: {error}"
+    shape = _dialect_error(request)
+    if shape is not None:
+        return shape(ApiError(message, status=500, kind="server"))
+    return wire.json_response({"error": {"type": "AgentLightningError", "message": message, "hint": None}}, 500)
+
+
+# ---- running it ----
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port before anything slow is done; port 0 takes any free one.
+
+    Raises:
+        InvalidConfigError: it is in use, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        message = f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}"
+        raise InvalidConfigError(
+            message, hint="choose another with --config.server.port; 0 takes any free one"
+        ) from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """The URL at which this machine reaches a bound socket."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: FastAPI, sock: socket.socket) -> None:
+    """Serves on a bound socket until SIGINT or SIGTERM; from the main thread."""
+    _server(app).run(sockets=[sock])
+
+
+class RunningServer:
+    """Serves in a thread of its own, from the construction until `stop`.
+
+    Attributes:
+        url: where it answers.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+
+    def __init__(self, app: FastAPI, sock: socket.socket):
+        self.url = url_of(sock)
+        self._server = _server(app)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, name="http", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError(f"the server on {self.url} did not start")
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        """Ends requests that wait, lets the others finish for a few seconds, and closes the socket."""
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=5,
+            backlog=_BACKLOG,
+        )
+    )
+    app.state.closing = lambda: server.should_exit
+    return server

@@ -1,0 +1,336 @@
+"""What `Client` and worker pools speak: datasets, jobs, events, and the exchange of leases for results."""
+
+import asyncio
+import collections
+import logging
+import re
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ml_collections
+import pydantic
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
+from lightning_jax import training
+from lightning_jax.policy import Policy
+from lightning_jax.server import wire
+from lightning_jax.store import ENDED_JOB, DataError, Store, UnknownError, is_idle
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_UPLOAD_PIECE_BYTES = 2**20
+_LONGEST_WAIT_S = 25.0  # under the time-outs of clients, and under the silence after which a pool counts as gone
+
+
+class JobRunner:
+    """Runs jobs one after the other in a thread of its own.
+
+    Jobs that a killed server left unfinished come first, in the order in which they were made.
+    """
+
+    def __init__(self, policy: Policy, store: Store, config: ml_collections.ConfigDict):
+        self._policy, self._store, self._config = policy, store, config
+        self._changed = threading.Condition()
+        self._queue = collections.deque(job["job_id"] for job in store.jobs() if job["status"] not in ENDED_JOB)
+        self._stops: dict[str, training.StopFlag] = {job_id: training.StopFlag() for job_id in self._queue}
+        self._running: str | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+        self._thread.start()
+
+    def submit(self, spec: dict, job_id: str | None = None) -> str:
+        """Queues a job and returns its id; a spec whose "key" is known returns the job made for it before.
+
+        Args:
+            job_id: its id; a job that has this id and has ended is queued again, with this spec.
+        """
+        with self._changed:
+            known = job_id is not None and any(job["job_id"] == job_id for job in self._store.jobs())
+            if known and job_id not in self._queue and job_id != self._running:
+                self._store.restart_job(job_id, spec)
+                self._stops.pop(job_id, None)
+            job_id = self._store.create_job(spec, job_id)
+            if job_id not in self._stops and self._store.job(job_id)["status"] not in ENDED_JOB:
+                self._stops[job_id] = training.StopFlag()
+                self._queue.append(job_id)
+                self._changed.notify_all()
+        return job_id
+
+    def stop(self, job_id: str, now: bool = False) -> None:
+        """Asks a job to end after its step, or at once; a job that has ended stays as it is."""
+        with self._changed:
+            if job_id in self._stops:
+                self._stops[job_id].request(now=now)
+            if job_id in self._queue:
+                self._queue.remove(job_id)
+                self._store.update_job(job_id, status="stopped")
+
+    def close(self) -> None:
+        """Stops the running job at once and ends the thread; the job stays unfinished, to be resumed."""
+        with self._changed:
+            self._closed = True
+            for stop in self._stops.values():
+                stop.request(now=True)
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._queue)
+                if self._closed:
+                    return
+                self._running = job_id = self._queue.popleft()
+            self._run(job_id)
+            with self._changed:
+                self._running = None
+
+    def _run(self, job_id: str) -> None:
+        stop = self._stops[job_id]
+        self._store.update_job(job_id, status="running")
+        try:
+            result = training.run_job(
+                job_id=job_id,
+                spec=self._store.job(job_id)["spec"],
+                policy=self._policy,
+                store=self._store,
+                config=self._config,
+                stop=stop,
+            )
+        except training.Stopped:
+            fields = {"status": "stopped"}
+        except Exception as error:
+            _log.exception("job %s failed", job_id)
+            text = f"{type(error).__name__}: {error}"
+            fields = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
+        else:
+            fields = {"status": "stopped" if stop.after_step else "succeeded", "result": result}
+        if self._closed and fields["status"] == "stopped":
+            return  # not asked for by a client: the next start goes on with it
+        self._store.cancel_open(job_id)
+        self._store.add_event(job_id, "ended", self._store.job(job_id)["step"], {"status": fields["status"]})
+        self._store.update_job(job_id, **fields)
+
+
+class Pulse:
+    """Wakes coroutines that wait for something in the store to change."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future] = set()
+        self._scheduled = False
+        self.count = 0  # of changes; read it before looking, and give it to `wait`
+        store.add_listener(self._changed)
+
+    def close(self) -> None:
+        self._store.remove_listener(self._changed)
+
+    async def wait(self, count: int, timeout_s: float) -> None:
+        """Returns at the first change after `count`, or when the time is over."""
+        if self.count != count or timeout_s <= 0:
+            return
+        future = self._loop.create_future()
+        self._waiting.add(future)
+        try:
+            await asyncio.wait([future], timeout=timeout_s)
+        finally:
+            self._waiting.discard(future)
+
+    def _changed(self) -> None:
+        self.count += 1
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._scheduled = False
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+# ---- bodies ----
+
+
+class JobBody(pydantic.BaseModel):
+    """A job as `Client` asks for it; what is missing is the server's own setting."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    kind: Literal["train", "evaluate"] = "train"
+    data_id: str
+    epochs: int | None = pydantic.Field(None, ge=1)
+    batch_size: int | None = pydantic.Field(None, ge=1)
+    total_steps: int | None = pydantic.Field(None, ge=1)
+    eval_interval: int | None = pydantic.Field(None, ge=0)
+    metadata: dict[str, Any] | None = None
+    rollout_timeout: float | None = pydantic.Field(None, gt=0)
+    max_attempts: int | None = pydantic.Field(None, ge=1)
+    key: str | None = None
+
+
+class StopBody(pydantic.BaseModel):
+    now: bool = False
+
+
+class AgentError(pydantic.BaseModel):
+    type: str
+    message: str
+    traceback: str | None = None
+
+
+class AttemptResult(pydantic.BaseModel):
+    lease_id: str
+    reward: Any = None
+    error: AgentError | None = None
+    cause: Literal["crash", "timeout", "exception", "invalid_reward"] | None = None
+    events: list[dict[str, Any]] = []
+    duration_s: float = 0.0
+
+
+class ExchangeBody(pydantic.BaseModel):
+    pool_id: str = pydantic.Field(min_length=1)
+    results: list[AttemptResult] = []
+    running: list[str] = []
+    want: int = pydantic.Field(0, ge=0)
+    wait_s: float = pydantic.Field(0.0, ge=0)
+
+
+# ---- endpoints ----
+
+router = APIRouter()
+
+
+@router.put("/api/datasets/{data_id}/{split}")
+async def put_dataset(request: Request, data_id: str, split: str) -> Response:
+    """Stores the body, JSONL, as one split of a dataset; replaces an earlier one at once, or changes nothing."""
+    if not _NAME.fullmatch(data_id):
+        raise DataError(f"data_id {data_id!r} is not a name of letters, digits, '.', '_' and '-'")
+    if split not in ("train", "test"):
+        raise DataError(f"split must be 'train' or 'test', not {split!r}")
+    upload = request.app.state.store.upload(data_id, split)
+    try:
+        piece = bytearray()
+        async for chunk in request.stream():
+            piece += chunk
+            if len(piece) >= _UPLOAD_PIECE_BYTES:
+                await run_in_threadpool(upload.feed, bytes(piece))
+                piece.clear()
+        await run_in_threadpool(upload.feed, bytes(piece))
+        info = await run_in_threadpool(upload.finish)
+    except BaseException:  # a wrong line, a client that went away, a server that ends
+        await asyncio.shield(run_in_threadpool(upload.discard))
+        raise
+    return wire.json_response({"data_id": data_id, "split": split, "num_tasks": info.num_tasks})
+
+
+@router.get("/api/datasets/{data_id}")
+async def get_dataset(request: Request, data_id: str) -> Response:
+    """Which splits a dataset has, and how many tasks each."""
+    splits = {info.split: info.num_tasks for info in request.app.state.store.dataset(data_id)}
+    if not splits:
+        raise UnknownError(f"there is no dataset {data_id!r}")
+    return wire.json_response({"data_id": data_id, "splits": splits})
+
+
+@router.post("/api/jobs")
+async def create_job(request: Request, body: JobBody) -> Response:
+    """Queues a job. The same `key` again gives the same job."""
+    jobs: JobRunner | None = request.app.state.jobs
+    if jobs is None:
+        raise InvalidConfigError("this server runs one job of its own and takes no others", hint="start one to serve")
+    splits = {info.split for info in request.app.state.store.dataset(body.data_id)}
+    needed = "train" if body.kind == "train" else "test"
+    if needed not in splits:
+        raise UnknownError(f"there is no dataset {body.data_id!r} with {needed} tasks", hint="upload it first")
+    job_id = await run_in_threadpool(jobs.submit, body.model_dump(exclude_none=True))
+    return wire.json_response({"job_id": job_id})
+
+
+@router.get("/api/jobs/{job_id}")
+async def get_job(request: Request, job_id: str) -> Response:
+    """The job as it is now."""
+    return wire.json_response(request.app.state.store.job(job_id))
+
+
+@router.get("/api/jobs/{job_id}/events")
+async def get_events(request: Request, job_id: str, after: int = 0, wait_s: float = 0.0) -> Response:
+    """Events after a sequence number, waiting for one; an empty list of an ended job means that there are no more."""
+    store: Store = request.app.state.store
+    ready = await _until(request, wait_s, lambda: store.has_events(job_id, after) or _ended(store, job_id))
+    events = await run_in_threadpool(store.events, job_id, after) if ready else []
+    return wire.json_response({"job_status": store.job(job_id)["status"], "events": events})
+
+
+@router.post("/api/jobs/{job_id}/stop")
+async def stop_job(request: Request, job_id: str, body: StopBody) -> Response:
+    """Ends a job after its step, or now."""
+    store: Store = request.app.state.store
+    store.job(job_id)
+    if request.app.state.jobs is not None:
+        await run_in_threadpool(request.app.state.jobs.stop, job_id, body.now)
+    return wire.json_response({"job_status": store.job(job_id)["status"]})
+
+
+@router.post("/api/jobs/{job_id}/exchange")
+async def exchange(request: Request, job_id: str, body: ExchangeBody) -> Response:
+    """Takes a pool's results and gives it leases, waiting for some if it wants them and nothing else is to be said."""
+    store: Store = request.app.state.store
+    store.job(job_id)
+    store.report(job_id, body.pool_id, [result.model_dump() for result in body.results], body.running)
+    reply: dict = {}
+
+    def told() -> bool:
+        reply.update(store.grant(job_id, body.pool_id, body.running, body.want))
+        return not is_idle(reply) or reply["job_status"] in ENDED_JOB
+
+    await _until(request, body.wait_s if body.want and not body.results else 0.0, told)
+    policy: Policy = request.app.state.generator.policy
+    for lease in reply["leases"]:
+        lease["model_name"] = policy.name
+        lease["metadata"]["policy_version"] = policy.version
+    return wire.json_response(reply)
+
+
+async def _until(request: Request, wait_s: float, condition: Callable[[], bool]) -> bool:
+    """Waits up to `wait_s` for the condition, which is looked at after every change of the store."""
+    pulse: Pulse = request.app.state.pulse
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + min(wait_s, _LONGEST_WAIT_S)
+    while True:
+        count = pulse.count
+        if condition():
+            return True
+        left = deadline - loop.time()
+        if left <= 0 or request.app.state.closing():
+            return False
+        await pulse.wait(count, min(left, 5.0))
+
+
+def _ended(store: Store, job_id: str) -> bool:
+    return store.job(job_id)["status"] in ENDED_JOB
+
+
+def error_response(error: AgentLightningError) -> Response:
+    """An error as `Client` reads it: the name of its class, the text, and what else is known."""
+    name = type(error).__name__
+    content: dict = {"type": name, "message": _text(error), "hint": error.hint}
+    status = 400
+    if isinstance(error, DataError):
+        content |= {"type": "DataUploadError", "line": error.line}
+        status = 422
+    elif isinstance(error, UnknownError):
+        content["type"] = "InvalidConfigError"
+        status = 404
+    return wire.json_response({"error": content}, status)
+
+
+def _text(error: AgentLightningError) -> str:
+    """The message without the hint, which is sent beside it."""
+    return str(error).removesuffix(f"\n  hint: {error.hint}") if error.hint else str(error)
