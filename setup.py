@@ -18,6 +18,7 @@ COMMON = [
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.25",
+    "orjson>=3.10",
     "pyyaml>=6.0",
     "safetensors>=0.5",
     "sentencepiece>=0.2",

@@ -29,8 +29,8 @@ CREATE TABLE jobs (
     job_id TEXT PRIMARY KEY, created REAL NOT NULL, status TEXT NOT NULL, step INTEGER NOT NULL, total_steps INTEGER,
     error TEXT, traceback TEXT, result TEXT, spec TEXT NOT NULL);
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, created REAL NOT NULL, kind TEXT NOT NULL, step INTEGER NOT NULL,
-    data TEXT NOT NULL);
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, created REAL NOT NULL, kind TEXT NOT NULL,
+    step INTEGER NOT NULL, data TEXT NOT NULL);
 CREATE INDEX events_of_job ON events (job_id, seq);
 CREATE TABLE rollouts (
     rollout_id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, step INTEGER NOT NULL, mode TEXT NOT NULL,
@@ -39,8 +39,8 @@ CREATE TABLE rollouts (
     attempt INTEGER NOT NULL, attempt_id INTEGER, duration_s REAL NOT NULL DEFAULT 0);
 CREATE INDEX rollouts_of_job ON rollouts (job_id, step);
 CREATE TABLE attempts (
-    attempt_id INTEGER PRIMARY KEY AUTOINCREMENT, rollout_id INTEGER NOT NULL, number INTEGER NOT NULL, pool_id TEXT NOT NULL,
-    created REAL NOT NULL, cause TEXT, events TEXT);
+    attempt_id INTEGER PRIMARY KEY AUTOINCREMENT, rollout_id INTEGER NOT NULL, number INTEGER NOT NULL,
+    pool_id TEXT NOT NULL, created REAL NOT NULL, cause TEXT, events TEXT);
 CREATE INDEX attempts_of_rollout ON attempts (rollout_id);
 CREATE TABLE calls (
     attempt_id INTEGER NOT NULL, call_index INTEGER NOT NULL, parent INTEGER, created REAL NOT NULL,
