@@ -315,8 +315,11 @@ def _convert_slow(transformers: Any, folder: Path) -> PreTrainedTokenizerFast:
     if kind is None:
         raise InvalidConfigError(f"{folder}/tokenizer_config.json names tokenizer_class {class_name!r}, not known here")
     hf = kind.from_pretrained(folder, local_files_only=True)
-    if is_sentencepiece and kind is transformers.LlamaTokenizer:
-        gguf_vocab.set_sentencepiece_spaces(hf.backend_tokenizer, has_prefix=hf.add_prefix_space is not False)
+    pre_tokenizer = hf.backend_tokenizer.pre_tokenizer
+    state = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {}
+    if is_sentencepiece and state.get("type") == "Metaspace" and state.get("prepend_scheme") == "always":
+        # Metaspace adds no space before text that begins with one; SentencePiece, and Llama 2's tokenizer.json, do.
+        gguf_vocab.set_sentencepiece_spaces(hf.backend_tokenizer, has_prefix=True)
     return hf
 
 
