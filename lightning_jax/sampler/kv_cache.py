@@ -1,0 +1,183 @@
+"""Keys and values in pages, and attention over them.
+
+Each layer has its own page arrays, [P, page_size, K, h]; page 0 is scratch, where writes of padding go. A prefill
+writes its keys to the pages and then reads them back block by block. A decode round gathers its rows' pages once into
+a dense copy whose layout suits the matrix unit, appends to that copy at every step, and writes what is new to the pages
+at the end: pages are read once per round instead of once per step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax.model.llama import Attend, LlamaConfig
+
+BLOCK_TOKENS = 128  # keys that prefill attends to at a time
+_MASKED = jnp.finfo(jnp.float32).min  # not -inf: a block with every key masked must not make NaNs
+
+
+class Pages(NamedTuple):
+    """One layer's pages."""
+
+    k: jax.Array  # [P, page_size, K, h]
+    v: jax.Array  # [P, page_size, K, h]
+
+
+class Dense(NamedTuple):
+    """One layer's keys and values of a decode round's rows, by position."""
+
+    k: jax.Array  # [B, K, h, S]
+    v: jax.Array  # [B, K, S, h]
+
+
+def init_pages(
+    config: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype, device: jax.sharding.Sharding | None = None
+) -> list[Pages]:
+    """Zeroed pages for every layer, plus the scratch page; `device` shards each array."""
+    shape = (num_pages + 1, page_size, config.num_kv_heads, config.head_dim)
+    return [
+        Pages(jnp.zeros(shape, dtype, device=device), jnp.zeros(shape, dtype, device=device))
+        for _ in range(config.num_layers)
+    ]
+
+
+def write(
+    pages: Pages,
+    page_table_bp: jax.Array,
+    position_bt: jax.Array,
+    valid_bt: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+) -> Pages:
+    """Puts keys and values at their rows' positions; those not valid go to the scratch page."""
+    page_size = pages.k.shape[1]
+    page_bt = jnp.take_along_axis(page_table_bp, position_bt // page_size, axis=1, mode="clip")
+    index_bt = jnp.where(valid_bt, page_bt * page_size + position_bt % page_size, 0)
+
+    def put(array: jax.Array, new_btkh: jax.Array) -> jax.Array:
+        flat = array.reshape(-1, *array.shape[2:])
+        return flat.at[index_bt].set(new_btkh.astype(array.dtype), mode="promise_in_bounds").reshape(array.shape)
+
+    return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
+
+
+def prefill_attention(
+    page_table_bp: jax.Array, position_bt: jax.Array, valid_bt: jax.Array, sliding_window: int | None
+) -> Attend:
+    """Attention of a chunk of each row over the row's pages, the chunk's own tokens included.
+
+    Keys are visited in blocks counted from position 0, with a running softmax (arXiv:2205.14135), as many as the
+    longest row needs. So there is no shape per context length, memory does not grow with it, and a query's result does
+    not depend on where its chunk began.
+
+    Args:
+        page_table_bp: [B, P] int32.
+        position_bt: [B, T] int32, each token's position in its row.
+        valid_bt: [B, T] bool, False for padding.
+        sliding_window: positions that a query sees, itself included; None for all.
+
+    Returns:
+        An `attend` for `llama.forward`, whose cache is a list of `Pages`.
+    """
+    end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
+
+    def attend(q_btkgh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, pages: Pages) -> tuple[jax.Array, Pages]:
+        pages = write(pages, page_table_bp, position_bt, valid_bt, k_btkh, v_btkh)
+        page_size = pages.k.shape[1]
+        block_pages = max(1, BLOCK_TOKENS // page_size)
+        block = block_pages * page_size
+        table_bp = jnp.pad(page_table_bp, ((0, 0), (0, -page_table_bp.shape[1] % block_pages)))
+        b, t, k, g, h = q_btkgh.shape
+
+        def visit(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+            out_bkgth, max_bkgt, sum_bkgt = carry
+            block_table_bp = jax.lax.dynamic_slice_in_dim(table_bp, i * block_pages, block_pages, axis=1)
+            dense = gather(pages, block_table_bp)
+            key_s = i * block + jnp.arange(block, dtype=jnp.int32)
+            mask_bts = _mask(position_bt, key_s, sliding_window)
+            score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
+            new_max_bkgt = jnp.maximum(max_bkgt, jnp.max(score_bkgts, axis=-1))
+            scale_bkgt = jnp.exp(max_bkgt - new_max_bkgt)
+            weight_bkgts = jnp.exp(score_bkgts - new_max_bkgt[..., None])
+            sum_bkgt = sum_bkgt * scale_bkgt + jnp.sum(weight_bkgts, axis=-1)
+            out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)
+            return out_bkgth, new_max_bkgt, sum_bkgt
+
+        zeros_bkgt = jnp.zeros((b, k, g, t), jnp.float32)
+        carry = (jnp.zeros((b, k, g, t, h), jnp.float32), zeros_bkgt + _MASKED, zeros_bkgt)
+        out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-end // block), visit, carry)
+        return jnp.moveaxis(out_bkgth / sum_bkgt[..., None], 3, 1), pages
+
+    return attend
+
+
+def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Attend:
+    """Attention of one token of each row over the dense copy, which the token is added to.
+
+    Args:
+        position_b: [B] int32, each token's position in its row. A row that has stopped may be one past the copy; its
+            write is dropped.
+        sliding_window: positions that a query sees, itself included; None for all.
+
+    Returns:
+        An `attend` for `llama.forward`, whose cache is a list of `Dense`.
+    """
+    row_b = jnp.arange(position_b.shape[0])
+
+    def attend(q_btkgh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, dense: Dense) -> tuple[jax.Array, Dense]:
+        dense = Dense(
+            dense.k.at[row_b, :, :, position_b].set(k_btkh[:, 0].astype(dense.k.dtype), mode="drop"),
+            dense.v.at[row_b, :, position_b].set(v_btkh[:, 0].astype(dense.v.dtype), mode="drop"),
+        )
+        key_s = jnp.arange(dense.k.shape[-1], dtype=jnp.int32)
+        mask_bts = _mask(position_b[:, None], key_s, sliding_window)
+        score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
+        weight_bkgts = jnp.exp(score_bkgts - jnp.max(score_bkgts, axis=-1, keepdims=True))
+        out_bkgth = _weighted(weight_bkgts, dense.v) / jnp.sum(weight_bkgts, axis=-1)[..., None]
+        return jnp.moveaxis(out_bkgth, 3, 1), dense
+
+    return attend
+
+
+def gather(pages: Pages, page_table_bp: jax.Array) -> Dense:
+    """The rows' pages side by side; S is P * page_size."""
+    b, p = page_table_bp.shape
+    _, page_size, k, h = pages.k.shape
+    k_bskh = pages.k.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
+    v_bskh = pages.v.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
+    return Dense(jnp.transpose(k_bskh, (0, 2, 3, 1)), jnp.transpose(v_bskh, (0, 2, 1, 3)))
+
+
+def write_back(
+    pages: Pages, dense: Dense, page_table_bp: jax.Array, position_b: jax.Array, valid_b: jax.Array, count: int
+) -> Pages:
+    """Copies `count` positions of each row, from `position_b` on, from the dense copy to the pages."""
+    position_bt = position_b[:, None] + jnp.arange(count, dtype=jnp.int32)
+    inside_bt = valid_b[:, None] & (position_bt < dense.v.shape[2])
+    index_bt = jnp.minimum(position_bt, dense.v.shape[2] - 1)
+    row_b1 = jnp.arange(position_b.shape[0])[:, None]
+    k_btkh = dense.k.at[row_b1, :, :, index_bt].get(mode="promise_in_bounds")
+    v_btkh = dense.v.at[row_b1, :, index_bt].get(mode="promise_in_bounds")
+    return write(pages, page_table_bp, position_bt, inside_bt, k_btkh, v_btkh)
+
+
+def _mask(position_bt: jax.Array, key_s: jax.Array, sliding_window: int | None) -> jax.Array:
+    distance_bts = position_bt[:, :, None] - key_s
+    mask_bts = distance_bts >= 0
+    if sliding_window is not None:
+        mask_bts &= distance_bts < sliding_window
+    return mask_bts
+
+
+def _scores(q_btkgh: jax.Array, k_bkhs: jax.Array) -> jax.Array:
+    """Scaled dot products, [B, K, G, T, S] float32."""
+    score_bkgts = jnp.einsum("btkgh,bkhs->bkgts", q_btkgh, k_bkhs, preferred_element_type=jnp.float32)
+    return score_bkgts * q_btkgh.shape[-1] ** -0.5
+
+
+def _weighted(weight_bkgts: jax.Array, v_bksh: jax.Array) -> jax.Array:
+    """Sums of values, [B, K, G, T, h] float32."""
+    return jnp.einsum(
+        "bkgts,bksh->bkgth", weight_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
+    )

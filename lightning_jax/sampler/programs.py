@@ -1,0 +1,164 @@
+"""The device programs: prefill, a decode round, and making weights ready for both.
+
+The state of all slots is one int32 matrix with a column per fact, floats bit-cast, and so is everything the host sends
+with a dispatch: one array in, one array out, one scatter. Row `max_slots` of the state belongs to padding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightning_jax.model import llama
+from lightning_jax.model.llama import LlamaConfig
+from lightning_jax.sampler import kv_cache, sampling
+from lightning_jax.sampler.request import MAX_STOP_IDS
+
+# Columns of a slot's state. The token at `POSITION` has been sampled but not been fed to the model.
+TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, STOP = range(10)
+STATE_WIDTH = STOP + MAX_STOP_IDS
+# What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table. The columns from
+# `TOP_K` on are as in the state.
+SLOT, START, LENGTH, ROOM = range(4)
+
+
+def init_state(max_slots: int, device: jax.sharding.Sharding | None = None) -> jax.Array:
+    """The state of idle slots, [max_slots + 1, STATE_WIDTH] int32."""
+    return jnp.zeros((max_slots + 1, STATE_WIDTH), jnp.int32, device=device)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
+    """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master."""
+    params = llama.unstack_layers(llama.cast_params(params, dtype))
+    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(jnp.copy(leaf)), params)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("pages", "state"))
+def prefill(
+    params: llama.Params,
+    pages: list[kv_cache.Pages],
+    state: jax.Array,
+    control: jax.Array,
+    *,
+    config: LlamaConfig,
+    chunk: int,
+) -> tuple[list[kv_cache.Pages], jax.Array]:
+    """Computes a chunk of each row's prompt, and samples the token after it.
+
+    Args:
+        params: as `prepare_params` makes them.
+        pages, state: donated.
+        control: [B, STATE_WIDTH + chunk + P] int32; `SLOT` is that of padding where the prompt goes on after the chunk,
+            and `ROOM` is how many tokens may be sampled.
+
+    Returns:
+        The new pages and state.
+    """
+    token_bt = control[:, STATE_WIDTH : STATE_WIDTH + chunk]
+    page_table_bp = control[:, STATE_WIDTH + chunk :]
+    start_b, length_b = control[:, START], control[:, LENGTH]
+    offset_t = jnp.arange(chunk, dtype=jnp.int32)
+    position_bt = start_b[:, None] + offset_t
+    valid_bt = offset_t < length_b[:, None]
+    attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window)
+    x_btd, pages = llama.forward(params, config, token_bt, position_bt, attend, pages)
+    last_b11 = jnp.maximum(length_b - 1, 0)[:, None, None]
+    logits_bv = llama.unembed(params, config, jnp.take_along_axis(x_btd, last_b11, axis=1)[:, 0])
+
+    position_b = start_b + length_b
+    noise_b1 = sampling.uniform_noise(_noise_key(control), position_b[:, None])
+    token_b, logprob_b = _sample(logits_bv, control, noise_b1[:, 0])
+    remaining_b = jnp.where(_stops(token_b, control), 0, control[:, ROOM] - 1)
+    known_b4 = jnp.stack([token_b, position_b, remaining_b, _bits(logprob_b)], axis=-1)
+    rows = jnp.concatenate([known_b4, control[:, TOP_K:STATE_WIDTH]], axis=-1)
+    return pages, state.at[control[:, SLOT]].set(rows, mode="promise_in_bounds")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("pages", "state"))
+def decode(
+    params: llama.Params,
+    pages: list[kv_cache.Pages],
+    state: jax.Array,
+    control: jax.Array,
+    *,
+    config: LlamaConfig,
+    steps: int,
+) -> tuple[list[kv_cache.Pages], jax.Array, jax.Array]:
+    """Samples up to `steps` tokens for each row, or until every row has stopped.
+
+    Args:
+        params: as `prepare_params` makes them.
+        pages, state: donated.
+        control: [B, 1 + P] int32, the row's slot and its page table, which covers the positions of this round.
+
+    Returns:
+        The new pages and state, and what was sampled: [B, 2 * (1 + steps)] int32, first the ids, then the log-probs'
+        bits. The first of each is the token that the round began with; ids are -1 after a row has stopped.
+    """
+    slot_b, page_table_bp = control[:, 0], control[:, 1:]
+    rows = state.at[slot_b].get(mode="promise_in_bounds")
+    start_b = rows[:, POSITION]
+    noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32))
+
+    def step(carry):
+        i, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt = carry
+        attend = kv_cache.decode_attention(position_b, config.sliding_window)
+        x_btd, dense = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, dense)
+        logits_bv = llama.unembed(params, config, x_btd[:, 0])
+        noise_b = jax.lax.dynamic_index_in_dim(noise_bt, i, axis=1, keepdims=False)
+        sampled_b, logprob_b = _sample(logits_bv, rows, noise_b)
+        active_b = remaining_b > 0
+        tokens_bt = tokens_bt.at[:, i].set(jnp.where(active_b, sampled_b, -1))
+        logprobs_bt = logprobs_bt.at[:, i].set(logprob_b)
+        token_b = jnp.where(active_b, sampled_b, token_b)
+        position_b = position_b + active_b
+        remaining_b = jnp.where(active_b & ~_stops(sampled_b, rows), remaining_b - 1, 0)
+        return i + 1, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt
+
+    shape = (slot_b.shape[0], steps)
+    dense = [kv_cache.gather(layer, page_table_bp) for layer in pages]
+    carry = (0, rows[:, TOKEN], start_b, rows[:, REMAINING], dense)
+    carry += (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    carry = jax.lax.while_loop(lambda carry: (carry[0] < steps) & jnp.any(carry[3] > 0), step, carry)
+    _, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt = carry
+
+    valid_b = rows[:, REMAINING] > 0
+    pages = [
+        kv_cache.write_back(layer, dense_layer, page_table_bp, start_b, valid_b, steps)
+        for layer, dense_layer in zip(pages, dense, strict=True)
+    ]
+    known_b3 = jnp.stack([token_b, position_b, remaining_b], axis=-1)
+    state = state.at[slot_b].set(jnp.concatenate([known_b3, rows[:, LOGPROB:]], axis=-1), mode="promise_in_bounds")
+    sampled = [rows[:, TOKEN, None], tokens_bt, rows[:, LOGPROB, None], _bits(logprobs_bt)]
+    return pages, state, jnp.concatenate(sampled, axis=-1)
+
+
+def read_sampled(sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `decode` returned, on the host: ids and log-probs, both [B, 1 + steps]."""
+    half = sampled.shape[1] // 2
+    return sampled[:, :half], np.ascontiguousarray(sampled[:, half:]).view(np.float32)
+
+
+def _sample(logits_bv: jax.Array, rows: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    with jax.named_scope("sample"):
+        return sampling.sample(
+            logits_bv, _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P]), uniform_b
+        )
+
+
+def _stops(token_b: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.any(token_b[:, None] == rows[:, STOP:STATE_WIDTH], axis=-1)
+
+
+def _noise_key(rows: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(rows[:, KEY_0 : KEY_1 + 1], jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.float32)

@@ -1,0 +1,122 @@
+"""Choosing tokens on the device: temperature, top-k, top-p, log-probs, and noise that depends on nothing else.
+
+A token is found by inverting the cumulative distribution at one uniform number, which comes from the request's own key
+and the token's position. So what a request samples does not depend on its batch, its slot, or when it runs, and drawing
+costs two numbers per row instead of one per vocabulary entry. Nothing here sorts the vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def uniform_noise(key_b2: jax.Array, position_bt: jax.Array) -> jax.Array:
+    """One uniform number for each position of each request's stream.
+
+    Args:
+        key_b2: [B, 2] uint32, the requests' noise keys.
+        position_bt: [B, T] int32, the position in its sequence of the token to be drawn.
+
+    Returns:
+        [B, T] float32, multiples of 2**-24 in [0, 1).
+    """
+
+    def bits(key_2: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
+        return jax.random.bits(jax.random.fold_in(key, position), dtype=jnp.uint32)
+
+    bits_bt = jax.vmap(jax.vmap(bits, in_axes=(None, 0)))(key_b2, position_bt)
+    return (bits_bt >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def sample(
+    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, uniform_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one token per row.
+
+    Args:
+        logits_bv: [B, V] float32.
+        temperature_b: [B] float32; 0 takes the likeliest token, the first of equals.
+        top_k_b: [B] int32; 0 keeps all. Tokens that tie with the k-th are kept.
+        top_p_b: [B] float32; 1 keeps all. Applied to what top-k kept; tokens that tie with the last are kept.
+        uniform_b: [B] float32 in [0, 1), see `uniform_noise`.
+
+    Returns:
+        token_b: [B] int32.
+        logprob_b: [B] float32, nats, of the distribution drawn from; of softmax(logits) in greedy rows.
+    """
+    greedy_b = temperature_b <= 0.0
+    x_bv = logits_bv / jnp.where(greedy_b, 1.0, temperature_b)[:, None]
+    max_b1 = jnp.max(x_bv, axis=-1, keepdims=True)
+    weight_bv = jnp.exp(x_bv - max_b1)
+
+    filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & ~greedy_b
+    weight_bv = jax.lax.cond(
+        jnp.any(filtered_b),
+        lambda w: jnp.where(filtered_b[:, None], _filter(w, top_k_b, top_p_b), w),
+        lambda w: w,
+        weight_bv,
+    )
+    drawn_b, total_b = _invert_cdf(weight_bv, uniform_b)
+    vocab = jnp.arange(logits_bv.shape[-1], dtype=jnp.int32)
+    likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
+    token_b = jnp.where(greedy_b, likeliest_b, drawn_b)
+    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
+    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b)
+
+
+def _invert_cdf(weight_bv: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The token at which the running sum of weights passes `uniform_b` of their total, and the total.
+
+    In two levels: the block in which that happens, from the blocks' sums, then the token in it. A token of weight 0 is
+    never returned.
+    """
+    b, v = weight_bv.shape
+    size = 1 << ((v - 1).bit_length() + 1) // 2  # about sqrt(v)
+    blocks = -(-v // size)
+    weight_bnm = jnp.pad(weight_bv, ((0, 0), (0, blocks * size - v))).reshape(b, blocks, size)
+    sum_bn = jnp.sum(weight_bnm, axis=-1)
+    passed_bn = jnp.cumsum(sum_bn, axis=-1)
+    total_b = passed_bn[:, -1]
+    threshold_b = uniform_b * total_b
+    block_b1 = _first_above(passed_bn, sum_bn, threshold_b)[:, None]
+    before_b = jnp.take_along_axis(passed_bn - sum_bn, block_b1, axis=-1)[:, 0]
+    weight_bm = jnp.take_along_axis(weight_bnm, block_b1[:, :, None], axis=1)[:, 0]
+    inner_b = _first_above(jnp.cumsum(weight_bm, axis=-1), weight_bm, threshold_b - before_b)
+    return block_b1[:, 0] * size + inner_b, total_b
+
+
+def _first_above(cumulative_bn: jax.Array, weight_bn: jax.Array, threshold_b: jax.Array) -> jax.Array:
+    """First index with positive weight whose running sum exceeds the threshold; the last such if rounding left none."""
+    index = jnp.arange(weight_bn.shape[-1], dtype=jnp.int32)
+    positive_bn = weight_bn > 0.0
+    above_bn = positive_bn & (cumulative_bn > threshold_b[:, None])
+    first_b = jnp.min(jnp.where(above_bn, index, index.size), axis=-1)
+    last_b = jnp.max(jnp.where(positive_bn, index, 0), axis=-1)
+    return jnp.minimum(first_b, last_b)
+
+
+def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
+    """Weights with those below the top-k and then the top-p threshold set to 0.
+
+    Thresholds are found by bisection over the bits of the float, which order like integers for numbers >= 0: exact, in
+    as many passes as there are bits, with no sort.
+    """
+    bits_bv = jax.lax.bitcast_convert_type(weight_bv, jnp.int32)
+    top_k_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
+
+    def bisect(enough) -> jax.Array:
+        """The highest threshold at which `enough(kept_bv) -> [B] bool` still holds."""
+
+        def step(i: jax.Array, low_b: jax.Array) -> jax.Array:
+            middle_b = low_b | (1 << (30 - i))
+            return jnp.where(enough(bits_bv >= middle_b[:, None]), middle_b, low_b)
+
+        return jax.lax.fori_loop(0, 31, step, jnp.zeros(weight_bv.shape[0], jnp.int32))
+
+    by_count_b = bisect(lambda kept_bv: jnp.sum(kept_bv, axis=-1, dtype=jnp.int32) >= top_k_b)
+    weight_bv = jnp.where(bits_bv >= by_count_b[:, None], weight_bv, 0.0)
+    goal_b = top_p_b * jnp.sum(weight_bv, axis=-1)
+    by_mass_b = bisect(lambda kept_bv: jnp.sum(jnp.where(kept_bv, weight_bv, 0.0), axis=-1) >= goal_b)
+    by_mass_b = jnp.minimum(by_mass_b, jnp.max(bits_bv, axis=-1))  # top_p 0 still keeps the likeliest
+    by_mass_b = jnp.where(top_p_b < 1.0, by_mass_b, 0)
+    return jnp.where(bits_bv >= by_mass_b[:, None], weight_bv, 0.0)

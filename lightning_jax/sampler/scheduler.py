@@ -1,0 +1,326 @@
+"""Who runs next: admission, pages, prefix reuse, preemption. No JAX here.
+
+A request's life: it waits; it is admitted to a slot with pages for its prompt, minus the prefix that others have
+computed; its prompt is prefilled in chunks; it decodes a few tokens a round; it finishes. When pages run out, the one
+admitted last goes back to the queue with the tokens it has, and later prefills prompt and tokens again.
+
+The device runs programs in the order of their dispatch, and the scheduler thinks in that order: a page counts as filled
+as soon as the program that fills it has been dispatched, and a released page may be given away although a program in
+flight still writes to it, because whatever reads it next comes later.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from lightning_jax.sampler.pages import ROOT, Node, PagePool
+from lightning_jax.sampler.request import Request
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request and how far it has come.
+
+    Attributes:
+        tokens: prompt and sampled ids known to the host.
+        logprobs: one for each sampled id.
+        limit: `tokens` never grows longer than this.
+        stop_ids: ids that end it.
+        sampling_columns: [n] int32, what the device needs to know of its sampling parameters.
+        slot: row of the device's slot state; None while it waits.
+        pages: its KV pages in order.
+        target: tokens to prefill before it decodes; all it had when it was admitted.
+        computed: tokens of them whose prefill has been dispatched.
+        in_flight: tokens that dispatched programs sample (at most) and the host has not read yet.
+        fresh: the token that its prefill samples is in flight, and no decode round has been dispatched since.
+        admitted_at: a counter; the highest is preempted first.
+    """
+
+    request: Request
+    tokens: list[int]
+    limit: int
+    stop_ids: tuple[int, ...] = ()
+    sampling_columns: np.ndarray | None = None
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    slot: int | None = None
+    pages: list[int] = dataclasses.field(default_factory=list)
+    target: int = 0
+    computed: int = 0
+    in_flight: int = 0
+    fresh: bool = False
+    admitted_at: int = 0
+    epoch: int = -1
+    policy_version: int | None = None
+    cached_tokens: int = 0
+    done: bool = False
+    node_ids: list[int] = dataclasses.field(default_factory=list)
+    unfilled: collections.deque[tuple[int, Node]] = dataclasses.field(default_factory=collections.deque)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - len(self.logprobs)
+
+    @property
+    def exhausted(self) -> bool:
+        """What is in flight already reaches the limit."""
+        return len(self.tokens) + self.in_flight >= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillBatch:
+    """One prefill dispatch: up to `rows` sequences, up to `chunk` tokens of each.
+
+    Attributes:
+        items: (sequence, first token, number of tokens).
+    """
+
+    rows: int
+    chunk: int
+    items: list[tuple[Sequence, int, int]]
+
+
+class Scheduler:
+    """Decides what each round computes; the engine computes it.
+
+    Args:
+        max_slots: sequences that run at once.
+        num_pages, page_size: the KV pool.
+        max_seq_len: longest sequence, prompt and sampled tokens together.
+        decode_steps: tokens a decode round samples.
+        prefill_shapes: the (rows, chunk) that a prefill may have.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_slots: int,
+        num_pages: int,
+        page_size: int,
+        max_seq_len: int,
+        decode_steps: int,
+        prefill_shapes: list[tuple[int, int]],
+    ):
+        pages_per_sequence = -(-max_seq_len // page_size)
+        if num_pages < pages_per_sequence:
+            raise ValueError(
+                f"{num_pages} pages of {page_size} tokens cannot hold one sequence of {max_seq_len} tokens; "
+                f"at least {pages_per_sequence} pages are needed"
+            )
+        self.page_size = page_size
+        self.max_seq_len = max_seq_len
+        self.decode_steps = decode_steps
+        self.pool = PagePool(num_pages, page_size)
+        self.page_table = np.zeros((max_slots, pages_per_sequence), np.int32)
+        self.running: dict[int, Sequence] = {}  # by slot
+        self.epoch = 0
+        self._prefill_rows: dict[int, list[int]] = collections.defaultdict(list)
+        for rows, chunk in sorted(prefill_shapes):
+            self._prefill_rows[chunk].append(rows)
+        self._chunks = sorted(self._prefill_rows)
+        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._waiting: collections.OrderedDict[str, collections.deque[Sequence]] = collections.OrderedDict()
+        self._preempted: collections.deque[Sequence] = collections.deque()
+        self._num_waiting = 0
+        self._counter = itertools.count()
+
+    # Waiting ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence behind those of its fairness key."""
+        self._waiting.setdefault(sequence.request.fairness_key, collections.deque()).append(sequence)
+        self._num_waiting += 1
+
+    def admit(self, policy_version: int) -> list[Sequence]:
+        """Gives slots and pages to waiting sequences: preempted ones first, then one of each fairness key in turn.
+
+        A sequence whose prefix another one is about to compute is passed over until that prefill is dispatched.
+        """
+        admitted: list[Sequence] = []
+        deferred: list[Sequence] = []
+        while self._free_slots:
+            queue = self._preempted or (next(iter(self._waiting.values())) if self._waiting else None)
+            if not queue:
+                break
+            sequence = queue[0]
+            outcome = "done" if sequence.done else self._try_admit(sequence, policy_version)
+            if outcome == "no pages":
+                break
+            queue.popleft()
+            if queue is not self._preempted:
+                key = sequence.request.fairness_key
+                if not queue:
+                    del self._waiting[key]
+                elif outcome == "admitted":
+                    self._waiting.move_to_end(key)
+            if outcome == "deferred":
+                deferred.append(sequence)
+                continue
+            if outcome == "admitted":
+                self._num_waiting -= 1
+                admitted.append(sequence)
+        for sequence in reversed(deferred):
+            key = sequence.request.fairness_key
+            self._waiting.setdefault(key, collections.deque()).appendleft(sequence)
+            self._waiting.move_to_end(key, last=False)
+        return admitted
+
+    def _try_admit(self, sequence: Sequence, policy_version: int) -> str:
+        size, length = self.page_size, len(sequence.tokens)
+        contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        pages, node_ids, parent = [], [], ROOT
+        for i in range((length - 1) // size):  # the last token is always computed: its logits are needed
+            node = self.pool.lookup(parent, contents[4 * size * i : 4 * size * (i + 1)])
+            if node is None:
+                break
+            if not node.ready:
+                return "deferred"
+            pages.append(node.page)
+            node_ids.append(node.node_id)
+            parent = node.node_id
+        for page in pages:
+            self.pool.retain(page)
+        new_pages = None
+        count = self._pages_for(self._after_round(sequence, length + 1)) - len(pages)
+        # A page for each running sequence stays free, or they would be preempted for the newcomer at once.
+        if self.pool.available >= count + len(self.running):
+            new_pages = self.pool.allocate(count)
+        if new_pages is None:
+            self.pool.release(pages)
+            return "no pages"
+        self._start(sequence, pages + new_pages, len(pages), policy_version)
+        sequence.node_ids = node_ids
+        for i in range(len(node_ids), length // size):
+            node = self._insert(sequence, i, contents, ready=False)
+            if node.page == sequence.pages[i]:
+                sequence.unfilled.append(((i + 1) * size, node))
+        return "admitted"
+
+    def _start(self, sequence: Sequence, pages: list[int], num_cached: int, policy_version: int) -> None:
+        slot = self._free_slots.pop()
+        self.running[slot] = sequence
+        sequence.slot = slot
+        sequence.pages = pages
+        sequence.target = len(sequence.tokens)
+        sequence.computed = num_cached * self.page_size
+        sequence.admitted_at = next(self._counter)
+        sequence.epoch = self.epoch
+        if sequence.policy_version is None:
+            sequence.policy_version = policy_version
+            sequence.cached_tokens = sequence.computed
+        self.page_table[slot] = 0
+        self.page_table[slot, : len(pages)] = pages
+
+    # Rounds -----------------------------------------------------------------------------------------------------------
+
+    def plan_prefill(self) -> Iterator[PrefillBatch]:
+        """Dispatches that bring every sequence that is still prefilling one chunk further.
+
+        The caller dispatches each batch before it asks for the next; that is when its pages count as filled.
+        """
+        todo: dict[int, list[Sequence]] = {chunk: [] for chunk in self._chunks}
+        for sequence in self.running.values():
+            left = sequence.target - sequence.computed
+            if left > 0:
+                chunk = next((chunk for chunk in self._chunks if chunk >= left), self._chunks[-1])
+                todo[chunk].append(sequence)
+        for chunk in reversed(self._chunks):
+            sequences = todo[chunk]
+            while sequences:
+                rows = next((rows for rows in self._prefill_rows[chunk] if rows >= len(sequences)), None)
+                rows = rows or self._prefill_rows[chunk][-1]
+                members, sequences = sequences[:rows], sequences[rows:]
+                for shorter in self._chunks[: self._chunks.index(chunk)]:  # room left over saves dispatches
+                    if len(todo[shorter]) <= rows - len(members):
+                        members += todo[shorter]
+                        todo[shorter] = []
+                items = [(s, s.computed, min(chunk, s.target - s.computed)) for s in members]
+                yield PrefillBatch(rows, chunk, items)
+                for sequence, start, length in items:
+                    self._prefilled(sequence, start + length)
+
+    def _prefilled(self, sequence: Sequence, upto: int) -> None:
+        sequence.computed = upto
+        if upto == sequence.target:
+            sequence.in_flight, sequence.fresh = 1, True
+        while sequence.unfilled and sequence.unfilled[0][0] <= upto:
+            sequence.unfilled.popleft()[1].ready = True
+
+    def plan_decode(self) -> list[Sequence] | None:
+        """The sequences of the next decode round, each with pages for it; None if there are not enough pages."""
+        members = []
+        for sequence in self.running.values():
+            if sequence.computed < sequence.target or (sequence.exhausted and not sequence.fresh):
+                continue
+            count = self._pages_for(self._after_round(sequence, len(sequence.tokens) + sequence.in_flight))
+            missing = count - len(sequence.pages)
+            if missing > 0:
+                pages = self.pool.allocate(missing)
+                if pages is None:
+                    return None
+                self.page_table[sequence.slot, len(sequence.pages) : count] = pages
+                sequence.pages += pages
+            members.append(sequence)
+        return members
+
+    def preempt(self) -> Sequence:
+        """Sends the sequence that was admitted last back to the queue. Nothing of it may be in flight."""
+        sequence = max(self.running.values(), key=lambda s: s.admitted_at)
+        self._release(sequence)
+        self._preempted.appendleft(sequence)
+        self._num_waiting += 1
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is. What it computed stays in the prefix cache."""
+        sequence.done = True
+        if sequence.slot is not None:
+            self._release(sequence)
+        else:
+            self._num_waiting -= 1  # its place in the queue goes when it is come upon
+
+    def flush(self) -> None:
+        """Forgets all cached prefixes: the weights have changed. Running sequences go on with what they have."""
+        self.epoch += 1
+        self.pool.flush()
+
+    def _release(self, sequence: Sequence) -> None:
+        for _, node in sequence.unfilled:
+            self.pool.discard(node)
+        sequence.unfilled.clear()
+        if sequence.epoch == self.epoch:
+            self._remember(sequence)
+        self.pool.release(sequence.pages)
+        del self.running[sequence.slot]
+        self._free_slots.append(sequence.slot)
+        sequence.pages, sequence.node_ids, sequence.slot = [], [], None
+        sequence.in_flight, sequence.fresh = 0, False
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Adds the full pages of sampled tokens to the prefix tree. The newest token is not in the cache yet."""
+        filled = sequence.computed
+        if filled >= sequence.target:
+            filled = min(max(sequence.target, len(sequence.tokens) - 1), len(sequence.tokens))
+        contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        for i in range(len(sequence.node_ids), filled // self.page_size):
+            self._insert(sequence, i, contents, ready=True)
+
+    def _insert(self, sequence: Sequence, i: int, contents: bytes, *, ready: bool) -> Node:
+        parent = sequence.node_ids[-1] if sequence.node_ids else ROOT
+        tokens = contents[4 * self.page_size * i : 4 * self.page_size * (i + 1)]
+        node = self.pool.insert(parent, tokens, sequence.pages[i], ready=ready)
+        sequence.node_ids.append(node.node_id)
+        return node
+
+    def _after_round(self, sequence: Sequence, length: int) -> int:
+        """Tokens in the cache after a decode round that begins with `length` tokens, the newest of them not cached."""
+        return min(length - 1 + self.decode_steps, sequence.limit - 1)
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
