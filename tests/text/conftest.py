@@ -34,10 +34,13 @@ CHATML = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 LLAMA2 = """
-{%- for message in messages %}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- for message in (messages[1:] if system else messages) %}
 {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
-{%- if message.role == 'user' %}{{ bos_token + '[INST] ' + message.content | trim + ' [/INST]' }}
-{%- else %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"""
+{%- set content = message.content | trim %}
+{%- if system and loop.first %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + content %}{% endif %}
+{%- if message.role == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}
+{%- else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"""
 
 LLAMA3 = """
 {{- bos_token }}

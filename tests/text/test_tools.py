@@ -1,0 +1,156 @@
+"""Reading tool calls out of replies, and writing tools for templates that know none."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_jax.text import canonical_messages, family_of, parse_reply
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def simple(calls):
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+
+
+def test_families(tokenizers):
+    families = {name: family_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    assert families == {
+        "tiny": "hermes",
+        "smollm2": "hermes",
+        "chatml": "hermes",
+        "llama2": "hermes",
+        "llama3": "llama3",
+        "mistral": "mistral",
+    }
+
+
+@pytest.mark.parametrize(
+    "family, text, content, calls",
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', "", [("f", {"x": 1})]),
+        ("hermes", 'Let me see.\n<tool_call>\n{"name": "f"}\n</tool_call>\n', "Let me see.", [("f", {})]),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>{"name": "g", "arguments": '
+            '{"s": "</b>"}}</tool_call>',
+            "",
+            [("f", {}), ("g", {"s": "</b>"})],
+        ),
+        (
+            "hermes",
+            '<tool_call>[{"name": "f", "arguments": {"x": "é"}}, {"name": "g", "arguments": {}}]</tool_call>',
+            "",
+            [("f", {"x": "é"}), ("g", {})],
+        ),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", {"x": 1})]),
+        ("llama3", '{"name": "f", "parameters": {"x": 1}}', "", [("f", {"x": 1})]),
+        ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}\n', "", [("f", {})]),
+        (
+            "llama3",
+            '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {"y": {"z": []}}}',
+            "",
+            [("f", {"x": 1}), ("g", {"y": {"z": []}})],
+        ),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]', "", [("f", {"x": 1})]),
+        ("mistral", 'Hm.[TOOL_CALLS][{"name": "f", "arguments": {}}, {"name": "g"}]', "Hm.", [("f", {}), ("g", {})]),
+    ],
+)
+def test_calls(family, text, content, calls):
+    found_content, found = parse_reply(text, family)
+    assert (found_content, simple(found)) == (content, calls)
+    assert (
+        canonical_messages([{"role": "assistant", "content": content, "tool_calls": found}])[0]["tool_calls"] == found
+    )
+
+
+@pytest.mark.parametrize(
+    "family, text",
+    [
+        ("hermes", " plain text, 1 < 2 \n"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}'),
+        ("hermes", "<tool_call>{'name': 'f'}</tool_call>"),
+        ("hermes", "<tool_call>[]</tool_call>"),
+        ("hermes", "<tool_call>7</tool_call>"),
+        ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>'),
+        ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>"),
+        ("llama3", '{"name": "Ada", "age": 36}'),
+        ("llama3", 'The call is {"name": "f", "parameters": {}}'),
+        ("llama3", '{"name": "f", "parameters": {}} and then'),
+        ("llama3", "<|python_tag|>print(1)"),
+        ("llama3", '{"a":' * 100_000),
+        ("mistral", "[TOOL_CALLS] f"),
+        ("mistral", '[TOOL_CALLS] {"name": "f"}'),
+        ("mistral", '[{"name": "f", "arguments": {}}]'),
+    ],
+)
+def test_what_is_no_call_stays_text(family, text):
+    assert parse_reply(text, family) == (text, [])
+
+
+def test_a_malformed_call_beside_a_good_one_stays_in_the_content():
+    text = 'A <tool_call>{"name": "f"}</tool_call> <tool_call>{oops}</tool_call>'
+    content, calls = parse_reply(text, "hermes")
+    assert content == "A  <tool_call>{oops}</tool_call>" and simple(calls) == [("f", {})]
+
+
+@given(text=st.text(max_size=80) | st.text(st.sampled_from('<tool_cal>/{}[]":,name1 ;'), max_size=80))
+@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral"])
+def test_no_text_breaks_the_parser(family, text):
+    content, calls = parse_reply(text, family)
+    assert calls or content == text
+
+
+def test_call_ids():
+    """The same sample always gets the same ids; calls differ; Mistral's templates accept nothing but nine of these."""
+    text = '<tool_call>[{"name": "f"}, {"name": "f"}]</tool_call>'
+    first, second = (call["id"] for call in parse_reply(text, "hermes", "attempt-1/0")[1])
+    again = [call["id"] for call in parse_reply(text, "hermes", "attempt-1/0")[1]]
+    other = [call["id"] for call in parse_reply(text, "hermes", "attempt-1/1")[1]]
+    assert [first, second] == again and len({first, second, *other}) == 4
+    assert all(re.fullmatch("[a-z0-9]{9}", call_id) for call_id in (first, second, *other))
+
+
+def test_rendered_calls_are_read_back(tokenizer):
+    """What a template writes for a call is what its family's parser reads (templates without tools included)."""
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "add", "arguments": '{"x": 1, "y": "é"}'}}
+    user = {"role": "user", "content": "1 and é?"}
+    messages = canonical_messages([user, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    before = tokenizer.render([user], [TOOL])
+    after = tokenizer.render(messages, [TOOL], add_generation_prompt=False)
+    reply = after.removeprefix(before) if after.startswith(before) else after.rpartition("[/INST]")[2]
+    ids = tokenizer.encode(reply.strip())
+    reply = tokenizer.decode(ids[: min([ids.index(end) for end in tokenizer.eos_ids if end in ids])], skip_special=True)
+    content, calls = parse_reply(reply, family_of(tokenizer))
+    assert (content, simple(calls)) == ("", [("add", {"x": 1, "y": "é"})])
+
+
+def test_tools_reach_a_model_whose_template_has_none(tokenizers):
+    messages = canonical_messages(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "1 + 2, 3 + 4?"},
+            {
+                "role": "assistant",
+                "content": "I add.",
+                "tool_calls": [{"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}],
+            },
+            {"role": "tool", "tool_call_id": "a", "content": "3"},
+            {"role": "tool", "tool_call_id": "b", "content": "7"},
+        ]
+    )
+    text = tokenizers["smollm2"].render(messages, [TOOL])
+    system, user, reply, results, start = text.split("<|im_start|>")[1:]
+    assert system.startswith("system\nBe brief.\n\n") and json.dumps(TOOL["function"]) in system
+    assert reply == 'assistant\nI add.\n<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>\n'
+    assert results.count("<tool_response>") == 2 and results.startswith("user\n") and start == "assistant\n"
