@@ -36,16 +36,14 @@ ENVIRONMENT = {
 }
 AGENT_ENVIRONMENT = ("AGENT_LIGHTNING_SERVER_URL", "LIGHTNING_ENABLE_AIR", "LIGHTNING_MAX_RETRIES")
 
-ALGORITHMS = ("grpo",)
 _PPO_ONLY = ("algorithm.critic_lr", "algorithm.actor_lr", "algorithm.gae_lambda", "algorithm.value_clip")
 
 
 def default_config() -> config_dict.ConfigDict:
     """All settings with their defaults; locked, so that a misspelt key in a config file is an error there."""
     c = config_dict.ConfigDict()
-
     c.mode = "serve"  # "serve" waits for clients; "train" and "evaluate" run `agent.script` on `data` and end
-    c.workdir = "runs/default"  # metrics, checkpoints and the store; the same command in it again continues the run
+    c.workdir = "runs/default"  # metrics, checkpoints, store; the same command continues the run; "{seed}" is filled in
     c.seed = 0  # of initial weights, task order and sampling noise
     c.device = "auto"  # "auto" (the best there is), "cpu", "gpu" or "cuda", "tpu"
 
@@ -66,6 +64,7 @@ def default_config() -> config_dict.ConfigDict:
     algorithm.kl_coef = 0.001  # weight of KL(policy || initial model) in the loss; at 0 no reference is kept
     algorithm.clip_range = 0.2  # the probability ratio is clipped to 1 +- this
     algorithm.entropy_coef = 0.01  # weight of the entropy bonus
+    algorithm.shuffle_rewards = False  # a control: rewards change places within the batch, so nothing can be learned
     algorithm.actor_lr = config_dict.placeholder(float)  # PPO alone, like the three below
     algorithm.critic_lr = config_dict.placeholder(float)
     algorithm.gae_lambda = config_dict.placeholder(float)
@@ -113,7 +112,6 @@ def default_config() -> config_dict.ConfigDict:
     c.logging = logging = config_dict.ConfigDict()
     logging.tensorboard = True  # event files beside metrics.jsonl
     logging.wandb_project = ""  # also log to this Weights & Biases project
-
     return c.lock()
 
 
@@ -145,7 +143,7 @@ _RULES = {
     "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
     "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
-    "algorithm.name": _one_of(*ALGORITHMS),
+    "algorithm.name": _one_of("grpo"),
     "algorithm.adam_b1": _DECAY,
     "algorithm.adam_b2": _DECAY,
     "algorithm.max_grad_norm": _POSITIVE,
@@ -387,6 +385,7 @@ def merge(
     for key, value, source in list(given()):
         config.update_from_flattened_dict({key: typed(key, find_setting(key, settings, source), value, source)})
         sources[key] = source
+    config.workdir = config.workdir.replace("{seed}", str(config.seed))
     validate(config, sources)
     return config
 
@@ -396,7 +395,6 @@ def save_json(config: config_dict.ConfigDict, path: str | os.PathLike) -> None:
     content = config.to_dict()
     if content["server"]["api_key"]:
         content["server"]["api_key"] = "(not saved)"
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = Path(f"{os.fspath(path)}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -25,7 +25,9 @@ make_environment() {
             return
         fi
     done
-    echo "error: Python 3.11, 3.12 or 3.13 is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)." >&2
+    local found
+    found=$("${PYTHON:-python3}" --version 2>/dev/null || echo missing)
+    echo "error: Python 3.11, 3.12 or 3.13 is needed, and ${PYTHON:-python3} is $found" >&2
     echo "  hint: install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
     exit 1
 }
@@ -40,7 +42,7 @@ install_packages() { # NAME PIP_ARGUMENT...: once, and again when what it depend
     echo "installing $1 into $VENV (a few minutes the first time)"
     # Editable, so that the packages are always the ones in this folder.
     if ! "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --editable "${@:2}"; then
-        echo "error: pip could not install ${*:2}; its messages are above. Run this again to try again." >&2
+        echo "error: pip could not install ${*:2}; its messages are above. Run this again, or remove $VENV first." >&2
         exit 1
     fi
     echo "$wanted" > "$stamp"

@@ -218,6 +218,11 @@ def test_every_default_has_a_comment_or_speaks_for_itself():
     assert set(config_lib.setting_types()) == commented | plain
 
 
+def test_the_work_directory_may_hold_the_seed():
+    config = config_lib.merge({"workdir": "runs/mine-{seed}", "seed": 1}, environ={}, flag_overrides={"seed": "2"})
+    assert config.workdir == "runs/mine-2"
+
+
 def test_saved_json_holds_all_but_the_api_key(tmp_path):
     config = config_lib.merge(environ={"AGENT_LIGHTNING_API_KEY": "sesame"}, flag_overrides={"seed": 5})
     config_lib.save_json(config, tmp_path / "config.json")

@@ -1,0 +1,92 @@
+"""The set-up scripts, in a copy of the files they need, with a Python that only notes what it is asked."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+INTERPRETER = """#!/usr/bin/env bash
+# Stands in for Python where a test must not install anything: notes its arguments and makes "virtual environments".
+echo "$*" >> "$CALLS"
+case "$1" in
+    --version) echo "Python $VERSION" ;;
+    -c) [ "$VERSION" != 3.9.1 ] ;;
+    -m) case "$2" in
+        venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+        pip) [ -z "${BROKEN_PIP:-}" ] ;;
+    esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Runs a script of the repository; returns (the finished process, what Python was asked to do)."""
+    for name in ("setup.py", "pyproject.toml", "scripts/environment.sh", "scripts/quickstart.sh", "scripts/test.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "python").write_text(INTERPRETER)
+    (tmp_path / "python").chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(script: str, *arguments: str, **environ: str):
+        calls.unlink(missing_ok=True)
+        environ = {"PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "VERSION": "3.12.1", **environ}
+        command = ["bash", str(tmp_path / script), *arguments]
+        # From another folder: the scripts find their own.
+        done = subprocess.run(command, cwd="/", env={**os.environ, **environ}, capture_output=True, text=True)
+        return done, calls.read_text().splitlines()
+
+    run.folder = tmp_path
+    return run
+
+
+def installs(calls: list[str]) -> list[str]:
+    return [call for call in calls if "pip install" in call]
+
+
+def test_quickstart_installs_once_and_passes_its_arguments_on(clone):
+    done, calls = clone("scripts/quickstart.sh", "--config.seed=1", "--config.workdir=runs/a b")
+    assert done.returncode == 0, done.stderr
+    assert len(installs(calls)) == 1 and installs(calls)[0].endswith("--editable .[server]")
+    start = "-m lightning_jax.main --config=configs/quickstart.py --config.seed=1 --config.workdir=runs/a b"
+    assert calls[-1] == start
+    done, calls = clone("scripts/quickstart.sh")
+    assert done.returncode == 0 and installs(calls) == []
+    with (clone.folder / "setup.py").open("a") as file:
+        file.write("# changed\n")
+    assert len(installs(clone("scripts/quickstart.sh")[1])) == 1
+
+
+def test_an_install_that_failed_is_tried_again(clone):
+    done, calls = clone("scripts/quickstart.sh", BROKEN_PIP="yes")
+    assert done.returncode == 1 and "error: pip could not install .[server]" in done.stderr
+    assert not any("lightning_jax.main" in call for call in calls)
+    assert len(installs(clone("scripts/quickstart.sh")[1])) == 1
+
+
+@pytest.mark.parametrize("python, found", [("python", "Python 3.9.1"), ("absent", "missing")])
+def test_without_a_supported_python_it_says_which_are(clone, python, found):
+    (clone.folder / "calls").touch()
+    command = ["bash", str(clone.folder / "scripts/quickstart.sh")]
+    environ = {"PYTHON": str(clone.folder / python), "CALLS": str(clone.folder / "calls"), "VERSION": "3.9.1"}
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: Python 3.11, 3.12 or 3.13 is needed" in done.stderr and f" is {found}\n" in done.stderr
+    assert not (clone.folder / ".venv").exists()
+
+
+def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
+    done, calls = clone("scripts/test.sh", "tests/rl", "-k", "grpo")
+    assert done.returncode == 0, done.stderr
+    assert installs(calls)[0].endswith("--editable .[server,dev]")
+    assert calls[-1] == "-m pytest tests/rl -k grpo"
+
+
+def test_ci_runs_exactly_the_test_script():
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    assert commands[-1].endswith('/../scripts/test.sh"') and os.access(ROOT / ".ci" / "run", os.X_OK)
