@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from agent_lightning.exceptions import InvalidConfigError
+
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -34,12 +36,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
     """A mesh over the first `data * fsdp * tensor` devices; `jax.set_mesh` makes it current.
 
     Raises:
-        ValueError: there are fewer devices than that.
+        InvalidConfigError: there are fewer devices than that.
     """
     count, devices = data * fsdp * tensor, jax.devices()
     if count > len(devices):
-        raise ValueError(
-            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices of {len(devices)}"
+        raise InvalidConfigError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there are {len(devices)}",
+            hint="lower model.tensor_parallel, or start with more devices",
         )
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import mesh
 from lightning_jax.model import llama, shapes
 
@@ -73,5 +74,5 @@ def test_axes_that_do_not_divide_stay_whole():
 
 
 def test_too_few_devices():
-    with pytest.raises(ValueError, match="needs 1000 devices of"):
+    with pytest.raises(InvalidConfigError, match="needs 1000 devices; there are"):
         mesh.make_mesh(data=1000)
