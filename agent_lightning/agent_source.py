@@ -122,9 +122,12 @@ def _workers_can_import(module) -> bool:
     if module.__name__ == "__main__":
         return True  # cloudpickle sends __main__ by value of its own accord
     top_name = module.__name__.partition(".")[0]
-    top = sys.modules.get(top_name, module)
+    file = getattr(module, "__file__", None)
     for finder in sys.meta_path:
         spec = finder.find_spec(top_name, None)
-        if spec is not None:
-            return spec.origin in (getattr(top, "__file__", None), "built-in", "frozen")
+        if spec is None:
+            continue
+        if file is None or spec.submodule_search_locations is None:
+            return spec.origin in (file, "built-in", "frozen")
+        return any(os.path.abspath(file).startswith(place + os.sep) for place in spec.submodule_search_locations)
     return False

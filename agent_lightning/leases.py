@@ -14,8 +14,9 @@ from collections.abc import Callable
 from agent_lightning.exceptions import ServerConnectionError
 from agent_lightning.transport import Transport
 
+ENDED_JOB = frozenset({"succeeded", "failed", "stopped"})
 POLL_S = 10.0  # how long the server may hold a request for leases
-HEARTBEAT_S = 5.0  # how often a pool with nothing to report says that it is there
+HEARTBEAT_S = 2.0  # how often a pool with nothing to report says so, and hears what is no longer wanted
 
 
 class Leases:
@@ -146,6 +147,7 @@ class Leases:
             self._held.update(lease["lease_id"] for lease in reply["leases"])
             self._arrived.extend(reply["leases"])
             self._cancelled.update(reply["cancelled"])
-            self.job_status = reply["job_status"]
+            if self.job_status not in ENDED_JOB:  # answers of the two threads may overtake each other
+                self.job_status = reply["job_status"]
             self._changed.notify_all()
         self._wake()

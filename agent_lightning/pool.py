@@ -21,11 +21,10 @@ from agent_lightning import settings
 from agent_lightning.agent_source import pack_agent
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
 from agent_lightning.framing import pack
-from agent_lightning.leases import Leases
+from agent_lightning.leases import ENDED_JOB, Leases
 from agent_lightning.transport import Transport
 from agent_lightning.worker_process import State, WorkerProcess
 
-ENDED_JOB = frozenset({"succeeded", "failed", "stopped"})
 CHECK_S = 1.0  # how often workers are checked for a death that their sockets did not show
 EXIT_GRACE_S = 2.0
 FAILED_STARTS = 3  # in a row, before the agent is taken to be at fault

@@ -4,6 +4,7 @@ Its stdin is a socket to the pool: in comes the agent, then one lease after anot
 What the agent prints never touches that socket. The process leaves when the pool does, even in mid-rollout.
 """
 
+import atexit
 import faulthandler
 import inspect
 import math
@@ -157,6 +158,13 @@ def describe_error(error: BaseException) -> dict:
     return {"type": type(error).__name__, "message": message[:2000], "traceback": text[-MAX_TRACEBACK_CHARS:]}
 
 
+def _end_group(leader: int) -> None:
+    """Ends what the agent started and left running. In a forked child that leaves by itself, nothing."""
+    if os.getpid() == leader == os.getpgrp():
+        sys.stdout.flush()
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _restore_environment(pythonpath: str | None) -> None:
     """Undoes the PYTHONPATH that let this process find the package; the agent's own children must not inherit it."""
     if pythonpath is None:
@@ -175,6 +183,7 @@ def main() -> int:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     sys.stdout.reconfigure(line_buffering=True)
+    atexit.register(_end_group, os.getpid())  # registered first, so it runs after all that the agent registers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a pool that ignores Ctrl-C would pass that on
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # the pool asks where a rollout hangs before it kills it

@@ -1,0 +1,132 @@
+"""A real store behind the real HTTP app, and a way to run an agent on tasks through it."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agent_lightning import Pool
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    """The configuration of a small server."""
+    from lightning_jax import config
+
+    settings = config.default_config()
+    settings.workdir = str(tmp_path_factory.mktemp("workdir"))
+    return settings
+
+
+@pytest.fixture(scope="session")
+def policy(settings):
+    from lightning_jax.policy import Policy
+
+    policy = Policy(settings)
+    yield policy
+    policy.close()
+
+
+class Served:
+    """The server's control plane, without a job runner: the tests open rollouts and end jobs themselves."""
+
+    def __init__(self, path: Path, settings, policy):
+        from lightning_jax.server import RunningServer, bind, create_app
+        from lightning_jax.store import Store
+
+        self.store = Store(path / "store.sqlite3")
+        self._start = lambda port: RunningServer(
+            create_app(config=settings, policy=policy, store=self.store), bind("127.0.0.1", port)
+        )
+        self._running = self._start(0)
+        self.url = self._running.url
+
+    def restart(self, down_s: float) -> None:
+        """Takes the server away for a while; it comes back on the same port."""
+        self._running.stop()
+        time.sleep(down_s)
+        self._running = self._start(int(self.url.rpartition(":")[2]))
+
+    def close(self) -> None:
+        self._running.stop()
+        self.store.close()
+
+    def open_job(self, tasks: list[dict], *, timeout_s: float = 60.0, max_attempts: int = 1) -> tuple[str, list[int]]:
+        """A running job with one rollout for each task; (job id, rollout ids)."""
+        from lightning_jax.store import RolloutEntry
+
+        job_id = self.store.create_job({"kind": "train", "data_id": "none"})
+        self.store.update_job(job_id, status="running")
+        entries = [RolloutEntry(f"task-{i}", i, i, 0, {"question": "", **task}) for i, task in enumerate(tasks)]
+        rollout_ids = self.store.open_rollouts(
+            job_id,
+            step=1,
+            mode="train",
+            entries=entries,
+            timeout_s=timeout_s,
+            max_attempts=max_attempts,
+            metadata={"colour": "red"},
+            seed=0,
+        )
+        return job_id, rollout_ids
+
+    def run(self, agent, tasks, *, nworkers=2, timeout_s=60.0, max_attempts=1, pool: dict | None = None) -> list:
+        """Runs an agent on every task; the records in the tasks' order."""
+        job_id, rollout_ids = self.open_job(tasks, timeout_s=timeout_s, max_attempts=max_attempts)
+        workers = Pool(self.url, job_id, agent, nworkers, **pool or {})
+        with self.ending(job_id, rollout_ids):
+            assert workers.run() == "succeeded"
+        return self.store.finished(rollout_ids)
+
+    def ending(self, job_id: str, rollout_ids: list[int]) -> "Ending":
+        return Ending(self.store, job_id, rollout_ids)
+
+
+class Ending:
+    """Ends a job when its rollouts have ended, as the training loop does; or when the block is left."""
+
+    def __init__(self, store, job_id, rollout_ids):
+        self._left = threading.Event()
+
+        def wait():
+            store.wait(job_id, rollout_ids, stop=self._left.is_set)
+            store.update_job(job_id, status="succeeded")
+
+        self._thread = threading.Thread(target=wait)
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *_):
+        self._left.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def served(tmp_path, settings, policy):
+    served = Served(tmp_path, settings, policy)
+    yield served
+    served.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> None:
+    """Waits for something to become true; fails if it does not."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def written_pids(folder: Path) -> list[int]:
+    """Process ids that agents left as empty files named by them."""
+    return [int(name) for name in os.listdir(folder)]

@@ -1,0 +1,100 @@
+"""How agents are named, found and sent."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from agent_lightning import InvalidConfigError
+from agent_lightning.agent_source import load_script, pack_agent, split_script
+
+
+def script(tmp_path, text, name="my_script.py"):
+    path = tmp_path / name
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def imports_of_scripts_are_undone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["agent_func", "my_agent", "agent"])
+def test_usual_names_win_over_other_two_parameter_functions(tmp_path, name):
+    path = script(tmp_path, f"def helper(a, b): return 1\ndef {name}(resource, task): return 2\n")
+    assert load_script(path, None)(None, None) == 2
+
+
+def test_the_usual_names_have_an_order(tmp_path):
+    path = script(tmp_path, "def agent(r, t): return 3\ndef my_agent(r, t): return 2\ndef agent_func(r, t): return 1\n")
+    assert load_script(path, None)(None, None) == 1
+
+
+def test_else_the_only_function_with_two_parameters(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        from os.path import join, commonprefix
+        from shutil import copyfileobj
+        def helper(a): return 0
+        def three(a, b, c): return 0
+        async def solve(resource, task): return 1
+        """,
+    )
+    assert load_script(path, None).__name__ == "solve"
+
+
+def test_else_an_error_lists_what_was_found(tmp_path):
+    path = script(tmp_path, "def one(a, b): pass\ndef two(a, b): pass\n")
+    with pytest.raises(InvalidConfigError, match=r"found: one\(a, b\), two\(a, b\)"):
+        load_script(path, None)
+    with pytest.raises(InvalidConfigError, match=r"no function 'three'; found: one"):
+        load_script(path, "three")
+    assert load_script(path, "two").__name__ == "two"
+
+
+def test_a_script_imports_its_neighbours_and_shadows_nothing(tmp_path):
+    script(tmp_path, "VALUE = 5", "neighbour_of_the_agent.py")
+    path = script(tmp_path, "import json\nfrom neighbour_of_the_agent import VALUE\ndef agent(r, t): return VALUE\n")
+    assert load_script(path, None)(None, None) == 5
+    path = script(tmp_path, "import json\ndef agent(r, t): return json.dumps(1)\n", "json.py")
+    assert load_script(path, None)(None, None) == "1"
+
+
+def test_split_script(tmp_path):
+    path = script(tmp_path, "")
+    assert split_script(path) == (path, None)
+    assert split_script(f"{path}:run") == (path, "run")
+    with pytest.raises(InvalidConfigError, match="agent script not found: nowhere.py"):
+        pack_agent("nowhere.py:run")
+
+
+def test_what_cannot_be_sent_says_what_to_do():
+    lock = threading.Lock()
+    with pytest.raises(InvalidConfigError, match="inside the agent function"):
+        pack_agent(lambda resource, task: lock.acquire())
+    with pytest.raises(InvalidConfigError, match="got int"):
+        pack_agent(3)
+
+
+def test_a_function_of_a_module_that_workers_cannot_import_is_sent_by_value(tmp_path):
+    """A fresh interpreter, without the module on its path, loads and calls what was packed."""
+    path = script(
+        tmp_path, "FACTOR = 7\ndef times(x): return x * FACTOR\ndef agent(r, t): return times(t)\n", "away.py"
+    )
+    sys.path.insert(0, str(tmp_path))
+    import away
+
+    sys.path.remove(str(tmp_path))
+    assert path == away.__file__
+    packed = pack_agent(away.agent)
+    code = f"from agent_lightning.agent_source import unpack_agent; print(unpack_agent({packed!r})(None, 6))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.path[0] or None)
+    assert done.stdout.strip() == "42", done.stderr

@@ -1,0 +1,244 @@
+"""What becomes of a rollout, whatever the agent does: real worker processes, the real store and HTTP app."""
+
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.agent_lightning.conftest import is_alive, wait_until, written_pids
+
+
+class Multiplier:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def solve(self, resource, task):
+        return task.x * self.factor
+
+
+async def asynchronous(resource, task):
+    await asyncio.sleep(0.01)
+    return task.x * 3
+
+
+def closure(factor):
+    def agent(resource, task):
+        return task.x * factor
+
+    return agent
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [closure(3), lambda resource, task: task["x"] * 3, Multiplier(3).solve, asynchronous],
+    ids=["closure", "lambda", "method", "async"],
+)
+def test_rewards_come_back(served, agent):
+    records = served.run(agent, [{"x": x} for x in range(9)])
+    assert [record.reward for record in records] == [3.0 * x for x in range(9)]
+    assert {record.status for record in records} == {"succeeded"}
+
+
+def test_what_the_agent_is_given(served):
+    def agent(resource, task):
+        assert task == {"question": "", "x": 1}
+        assert resource.model_name == "builtin:tiny"
+        assert resource.task_id == "task-0"
+        assert resource.worker_id == 0
+        assert resource.metadata["colour"] == "red"
+        assert {"rollout_id", "attempt", "mode", "step", "policy_version"} <= resource.metadata.keys()
+        base, _, token = resource.model_api.rpartition("/rollout/")
+        assert base == url and token
+        assert os.environ["OPENAI_BASE_URL"] == resource.model_api + "/v1"
+        assert os.environ["ANTHROPIC_BASE_URL"] == resource.model_api
+        assert os.environ["OPENAI_API_KEY"] == os.environ["ANTHROPIC_API_KEY"] == token
+        assert os.environ.get("PYTHONPATH") == pythonpath
+        return 1
+
+    url, pythonpath = served.url, os.environ.get("PYTHONPATH")
+    (record,) = served.run(agent, [{"x": 1}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+
+
+def test_an_exception_fails_the_rollout_at_once_with_its_traceback(served):
+    def agent(resource, task):
+        raise LookupError("not in the book")
+
+    (record,) = served.run(agent, [{}], max_attempts=3)
+    assert (record.status, record.cause, record.attempt) == ("failed", "exception", 1)
+    assert record.error == "LookupError: not in the book"
+    assert 'raise LookupError("not in the book")' in record.traceback
+    assert "agent_lightning/worker.py" not in record.traceback
+
+
+def test_leaving_the_process_politely_is_an_exception_too(served):
+    record, after = served.run(
+        lambda resource, task: sys.exit("bye") if task.x else 1, [{"x": 1}, {"x": 0}], nworkers=1
+    )
+    assert (record.cause, record.error) == ("exception", "SystemExit: bye")
+    assert after.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (None, "returned None"),
+        (math.nan, "returned nan"),
+        (-math.inf, "returned -inf"),
+        (1e39, "finite number"),
+        ("0.5", "text '0.5'"),
+        ([1.0], "returned a list"),
+    ],
+)
+def test_no_finite_number_is_a_failed_rollout_not_a_zero(served, value, says):
+    (record,) = served.run(lambda resource, task: value, [{}], nworkers=1, max_attempts=3)
+    assert (record.status, record.cause, record.reward, record.attempt) == ("failed", "invalid_reward", None, 1)
+    assert says in record.error
+
+
+def test_numbers_of_other_kinds_are_rewards(served):
+    def agent(resource, task):
+        import fractions
+
+        import numpy as np
+
+        return [True, 2, np.float32(0.5), np.array([4.0])[0], fractions.Fraction(1, 4)][task.x]
+
+    records = served.run(agent, [{"x": x} for x in range(5)])
+    assert [record.reward for record in records] == [1.0, 2.0, 0.5, 4.0, 0.25]
+
+
+def test_an_agent_that_never_returns_is_killed_with_all_it_started(served, tmp_path):
+    folder = tmp_path / "pids"
+    folder.mkdir()
+
+    def agent(resource, task):
+        if task.x == 0:
+            for apart in (False, True):  # one child in the worker's group, one that left it
+                child = subprocess.Popen(["sleep", "1000"], start_new_session=apart)
+                (folder / str(child.pid)).touch()
+            (folder / str(os.getpid())).touch()
+            time.sleep(1000)
+        return 1
+
+    stuck, fine = served.run(agent, [{"x": 0}, {"x": 1}], nworkers=1, timeout_s=1.0)
+    assert (stuck.status, stuck.cause) == ("failed", "timeout")
+    assert "did not return within 1 s" in stuck.error
+    assert "time.sleep(1000)" in stuck.traceback or "in agent" in stuck.traceback  # where it hung
+    assert fine.reward == 1.0
+    assert len(written_pids(folder)) == 3
+    wait_until(lambda: not any(map(is_alive, written_pids(folder))))
+
+
+def test_a_timeout_is_tried_again(served):
+    def agent(resource, task):
+        if resource.metadata["attempt"] == 1:
+            while True:
+                pass
+        return 1
+
+    (record,) = served.run(agent, [{}], nworkers=1, timeout_s=1.0, max_attempts=2)
+    assert (record.status, record.reward, record.attempt) == ("succeeded", 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    "die, says",
+    [
+        (lambda: os._exit(3), "exited with status 3"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "killed by SIGSEGV"),
+        (lambda: os.closerange(3, 1024) or time.sleep(1000), "killed by SIGKILL"),
+    ],
+    ids=["exit", "segfault", "closes-all-files"],
+)
+def test_a_crash_is_reported_and_tried_again(served, die, says):
+    def agent(resource, task):
+        if task.x or resource.metadata["attempt"] == 1:
+            print("the last words")
+            die()
+        return 1
+
+    again, never = served.run(agent, [{"x": 0}, {"x": 1}], max_attempts=2)
+    assert (again.status, again.reward, again.attempt) == ("succeeded", 1.0, 2)
+    assert (never.status, never.cause, never.attempt) == ("failed", "crash", 2)
+    assert says in never.error
+    assert "the last words" in never.traceback
+
+
+def test_what_agents_print_and_read_leaves_the_protocol_alone(served):
+    printed = []
+
+    def agent(resource, task):
+        print("to stdout", task.x)
+        print("to stderr", file=sys.stderr)
+        os.write(1, b"to descriptor 1\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        print("x" * 300_000)
+        return len(sys.stdin.read())
+
+    records = served.run(agent, [{"x": x} for x in range(4)], pool={"on_output": lambda *line: printed.append(line)})
+    assert [record.reward for record in records] == [0.0] * 4
+    text = "".join(text for _, text in printed)
+    for line in ["to stdout 0", "to stdout 3", "to stderr", "to descriptor 1", "from a child"]:
+        assert line in text
+    assert text.count("x" * 300_000) == 4
+    assert {worker_id for worker_id, _ in printed} <= {0, 1}
+
+
+def test_large_tasks_arrive_whole(served):
+    records = served.run(lambda resource, task: len(task.text), [{"text": "ü" * 2_000_000}] * 3)
+    assert [record.reward for record in records] == [2e6] * 3
+
+
+def test_a_forked_child_that_comes_back_reports_nothing(served):
+    def agent(resource, task):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return 1
+        return 2
+
+    records = served.run(agent, [{}] * 4)
+    assert [record.reward for record in records] == [1.0] * 4
+
+
+def test_workers_stay_warm_and_run_side_by_side(served, tmp_path):
+    """Twelve rollouts in three processes: each waits until the other two are at work as well."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+
+    def agent(resource, task):
+        (folder / str(os.getpid())).touch()
+        while len(os.listdir(folder)) < 3:
+            time.sleep(0.01)
+        return resource.worker_id
+
+    records = served.run(agent, [{}] * 12, nworkers=3)
+    assert {record.reward for record in records} <= {0.0, 1.0, 2.0}
+    assert len(written_pids(folder)) == 3
+
+
+def test_async_agents_keep_their_event_loop_but_not_their_leftover_tasks(served):
+    async def agent(resource, task):
+        import builtins
+
+        loop = asyncio.get_running_loop()
+        earlier = getattr(builtins, "loop_of_the_agent", loop)
+        builtins.loop_of_the_agent = loop
+        running = len(asyncio.all_tasks())
+        loop.create_task(asyncio.sleep(1000))
+        return 1 if earlier is loop and running == 1 else 0
+
+    records = served.run(agent, [{}] * 3, nworkers=1)
+    assert [record.reward for record in records] == [1.0] * 3
+
+
+def test_a_script_is_an_agent(served, tmp_path):
+    path = tmp_path / "my_script.py"
+    path.write_text("def helper(a): return a\ndef run(resource, task): return task.x\ndef other(r, t): return -1\n")
+    records = served.run(f"{path}:run", [{"x": x} for x in range(3)])
+    assert [record.reward for record in records] == [0.0, 1.0, 2.0]

@@ -1,0 +1,67 @@
+"""Resource, Task, Transition, Trajectory and TrainingResult behave as the API reference prints them."""
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from agent_lightning import Resource, Task, TrainingResult, Trajectory, Transition
+
+LINE = '{"question": "Q", "ground_truth": "A", "schema": {"a": 1}, "difficulty": 3, "items": ["x"]}'
+
+
+def test_task_fields_by_attribute_and_item():
+    task = Task(json.loads(LINE))
+    assert (task.question, task.ground_truth, task.schema, task.difficulty) == ("Q", "A", {"a": 1}, 3)
+    assert task["question"] == "Q"
+
+
+def test_item_access_wins_where_a_field_has_a_methods_name():
+    task = Task(json.loads(LINE))
+    assert task["items"] == ["x"]
+    assert ("difficulty", 3) in task.items()
+
+
+def test_missing_field_names_the_fields_there_are():
+    task = Task(json.loads(LINE))
+    with pytest.raises(AttributeError, match="no field 'answer'; it has: question, ground_truth"):
+        _ = task.answer
+    with pytest.raises(KeyError):
+        _ = task["answer"]
+    assert getattr(task, "answer", None) is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
+def test_task_survives_copying(duplicate):
+    task = duplicate(Task(json.loads(LINE)))
+    assert isinstance(task, Task)
+    assert task.schema == {"a": 1}
+    assert json.loads(json.dumps(task)) == json.loads(LINE)
+
+
+def test_resource_metadata_defaults_to_empty():
+    assert Resource("http://x", "m", "t", 0).metadata == {}
+
+
+def test_the_references_example_trajectory_has_total_1_5():
+    trajectory = Trajectory(
+        task_id="task-001",
+        transitions=[
+            {"input": "Generate query for: Capital of France?", "output": "France capital city", "reward": 0.5},
+            Transition("Question: Capital of France?\nDocs: Paris is...", "Paris", 1.0),
+        ],
+        metadata={"num_steps": 2},
+    )
+    assert trajectory.total_reward == 1.5
+    assert trajectory.transitions[0] == Transition(
+        "Generate query for: Capital of France?", "France capital city", 0.5, {}
+    )
+
+
+def test_training_result_reads_well():
+    result = TrainingResult(0.875, [0.25, 0.5], [0.125, 0.875], ["a/step-1", "a/step-2"], 2, 12.34)
+    text = repr(result)
+    assert "final_reward=0.875" in text
+    assert "0.125 -> 0.875 (2)" in text
+    assert "a/step-2" in text and "a/step-1" not in text
