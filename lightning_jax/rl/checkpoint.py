@@ -23,27 +23,28 @@ import orbax.checkpoint as ocp
 from agent_lightning.exceptions import InvalidConfigError, TrainingError
 from lightning_jax.rl.update import TrainState
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-([0-9]+)")
 _TEMPORARY = "tmp."
 
 
-def save(
-    folder: str | os.PathLike, step: int, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None
-) -> Path:
-    """Writes `folder/step-N`, makes it the latest, and then removes the oldest ones. One writer per folder.
+def save(path: str | os.PathLike, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None) -> None:
+    """Writes a checkpoint, makes it the latest, and then removes the oldest ones. One writer per folder.
 
     Args:
-        folder: made if it is not there.
-        step: N, of the training loop; an existing checkpoint of this step is replaced.
+        path: `FOLDER/step-N`; the folder is made if it is not there, an existing checkpoint is replaced.
         state: the learner's.
         extra: anything JSON.
-        max_to_keep: how many checkpoints to leave, this one included; None for all.
+        max_to_keep: how many checkpoints to leave in the folder, this one included; None for all.
 
     Raises:
         TrainingError: it could not be written (a full disk, most often). Older checkpoints are as they were.
+        ValueError: the path does not end in `step-N`.
     """
-    folder = Path(folder).absolute()
-    final, temporary = folder / f"step-{step}", folder / f"{_TEMPORARY}step-{step}"
+    final = Path(path).absolute()
+    if not _STEP.fullmatch(final.name):
+        raise ValueError(f"a checkpoint is named step-N, not {final.name}")
+    folder = final.parent
+    temporary = folder / f"{_TEMPORARY}{final.name}"
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
@@ -65,7 +66,6 @@ def save(
             f"could not write checkpoint {final}: {error}",
             hint=f"{_free_space(folder)}; the newest whole checkpoint is {whole or 'none'}",
         ) from error
-    return final
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -74,8 +74,16 @@ def latest(folder: str | os.PathLike) -> Path | None:
     link = folder / "latest"
     if link.is_symlink() and link.exists():
         return link.resolve()
-    steps = _steps(folder)  # killed between the two renames of a replacement, or copied without links
-    return steps[max(steps)] if steps else None
+    steps = all_steps(folder)  # killed between the two renames of a replacement, or copied without links
+    return steps[-1] if steps else None
+
+
+def all_steps(folder: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints of a folder, in the order of their steps; none if there is no such folder."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)), key=_step)
 
 
 def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -126,12 +134,8 @@ def _restore(path: str | os.PathLike, **items: Any) -> Any:
         ) from error
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints by step."""
-    if not folder.is_dir():
-        return {}
-    matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return {int(match[1]): path for match, path in matches if match}
+def _step(path: Path) -> int:
+    return int(_STEP.fullmatch(path.name)[1])
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -151,11 +155,9 @@ def _point_latest_to(final: Path) -> None:
 
 
 def _remove_oldest(folder: Path, max_to_keep: int | None) -> None:
-    steps = _steps(folder)
-    for step in sorted(steps)[: -max_to_keep if max_to_keep else 0]:
-        if steps[step] == latest(folder):
-            continue  # a run that began anew in this folder counts from a lower step
-        os.rename(steps[step], folder / f"{_TEMPORARY}old-step-{step}")  # never seen half removed
+    for path in all_steps(folder)[: -max_to_keep if max_to_keep else 0]:
+        if path != latest(folder):  # it is when a run that began anew in this folder counts from a lower step
+            os.rename(path, path.with_name(f"{_TEMPORARY}old-{path.name}"))  # never seen half removed
     _remove_temporaries(folder)
 
 

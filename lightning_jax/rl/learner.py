@@ -50,10 +50,20 @@ class Learner:
         self.config = config
         self.settings = settings
         self._mesh = mesh
+        # Everything is put where it belongs by name, not left on the default device: arrays that JAX regards as placed
+        # (those of a checkpoint are) and arrays that it may move have programs compiled for them separately.
+        if mesh is None:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            self._params_sharding = self._state_sharding = self._scalar_sharding = device
+        else:
+            self._params_sharding = update.param_shardings(config, mesh)
+            self._state_sharding = update.state_shardings(config, settings, mesh)
+            self._scalar_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._reference = self._place(params, settings.compute_dtype) if settings.kl_coef else None
-        params = self._place(params, "float32")
-        shardings = None if mesh is None else update.state_shardings(config, settings, mesh)
-        self.state = jax.jit(functools.partial(update.init_state, settings), out_shardings=shardings)(params)
+        init_state = jax.jit(functools.partial(update.init_state, settings), out_shardings=self._state_sharding)
+        self.state = init_state(self._place(params, "float32"))
+        totals_sharding = update.Totals(self._params_sharding, self._scalar_sharding, self._scalar_sharding)
+        self._zero_totals = jax.jit(update.zero_totals, out_shardings=totals_sharding)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of `state`, for `checkpoint.restore`."""
@@ -114,8 +124,9 @@ class Learner:
             ]
         metrics = []
         for batches, old_logprobs in zip(steps, old, strict=True):
-            num_tokens = jax.device_put(np.float32(sum(batch.loss_mask_bt.sum() for batch in batches)))
-            totals = update.zero_totals(self.state.params)
+            num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
+            num_tokens = jax.device_put(num_tokens, self._scalar_sharding)
+            totals = self._zero_totals(self.state.params)
             for batch, old_logprob_bt in zip(batches, old_logprobs, strict=True):
                 batch = self._put(batch)
                 totals = update.accumulate(
@@ -135,7 +146,7 @@ class Learner:
     def _put(self, batch: Batch) -> Batch:
         """To the device, or spread over the mesh's batch axes."""
         if self._mesh is None:
-            return jax.device_put(batch)
+            return jax.device_put(batch, self._scalar_sharding)
         spec = mesh_lib.partition_spec(self._mesh, batch.token_bt.shape, ("batch", None))
         return jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, spec))
 
@@ -146,8 +157,7 @@ class Learner:
             # A NumPy leaf goes from the host to its shards, never through one device as a whole.
             return np.array(x, jnp.dtype(dtype)) if isinstance(x, np.ndarray) else jnp.array(x, dtype)
 
-        shardings = None if self._mesh is None else update.param_shardings(self.config, self._mesh)
-        return jax.device_put(jax.tree.map(copy, params), shardings)
+        return jax.device_put(jax.tree.map(copy, params), self._params_sharding)
 
 
 def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dict[str, float]:

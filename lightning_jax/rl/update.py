@@ -163,7 +163,7 @@ def apply(
 
     A gradient that is not finite changes nothing but the "skipped" metric.
     """
-    grad_norm = optax.global_norm(totals.grads)
+    grad_norm = optax.tree.norm(totals.grads)
     updates, opt_state = make_optimizer(settings).update(totals.grads, state.opt_state, state.params)
     stepped = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
     finite = jnp.isfinite(grad_norm)

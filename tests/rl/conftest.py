@@ -32,10 +32,10 @@ def params(config):
 
 @pytest.fixture
 def rows(config) -> list[trajectory.Row]:
-    """Rows of 9 rollouts: ragged, some with an observation between two replies, some sampled at other temperatures."""
+    """Rows of 12 rollouts: ragged, some with an observation between two replies, some sampled at other temperatures."""
     rng = np.random.default_rng(1)
     rows = []
-    for rollout in range(9):
+    for rollout in range(12):
         prompt = rng.integers(config.vocab_size, size=rng.integers(1, 6)).tolist()
         calls = []
         for turn in range(1 + rollout % 2):
@@ -52,4 +52,4 @@ def rows(config) -> list[trajectory.Row]:
 
 @pytest.fixture
 def advantages() -> np.ndarray:
-    return np.random.default_rng(2).normal(size=9).astype(np.float32)
+    return np.random.default_rng(2).normal(size=12).astype(np.float32)
