@@ -1,5 +1,6 @@
 """JSON in and out of the dialects."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -44,8 +45,13 @@ def stop_strings(stop: Sequence[str] | None, name: str) -> tuple[str, ...]:
 
 
 def json_response(content: Any, status: int = 200, retry_after_s: int | None = None) -> Response:
+    """`content` as the reply's body; NaN, which JSON does not know, becomes null."""
     headers = {"retry-after": str(retry_after_s)} if retry_after_s is not None else None
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    try:
+        body = orjson.dumps(content)
+    except TypeError:  # an integer beyond 64 bits in a task, half of a surrogate pair in a sample
+        body = json.dumps(content).encode()
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _short(value: Any) -> str:

@@ -340,7 +340,7 @@ def read_calls(database: Database, attempt_id: int | None) -> list[CallRecord]:
                 top_p=top_p,
                 top_k=top_k,
                 index=index,
-                **orjson.loads(content),
+                **json.loads(content),
             )
         )
     return calls
@@ -367,5 +367,5 @@ def _is_reward(value) -> bool:
 def _json(value) -> bytes:
     try:
         return orjson.dumps(value)
-    except TypeError:  # integers beyond 64 bits
+    except TypeError:  # an integer beyond 64 bits, half of a surrogate pair
         return json.dumps(value).encode()

@@ -1,0 +1,121 @@
+"""Messages, as the anthropic package sees them."""
+
+import anthropic
+import pytest
+from anthropic.types import Message
+
+USER = [{"role": "user", "content": "2+2?"}]
+TOOLS = [{"name": "add", "description": "Adds.", "input_schema": {"type": "object"}}]
+
+GREEDY = {"temperature": 0}  # current SDKs have no argument for it
+
+
+@pytest.fixture(scope="module")
+def client(serving):
+    return anthropic.Anthropic(base_url=serving.url, api_key="any", max_retries=0)
+
+
+def create(client, **options) -> Message:
+    options = {"model": "whatever", "messages": USER, "max_tokens": 12} | options
+    options["extra_body"] = {"return_token_ids": True} | options.get("extra_body", {})
+    reply = client.messages.create(**options)
+    Message.model_validate(reply.model_dump(), strict=True)
+    return reply
+
+
+def test_a_reply_has_every_field_the_sdk_knows(client, serving):
+    reply = create(client)
+    (block,) = reply.content
+    tokenizer = serving.policy.tokenizer
+    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "whatever") and reply.id.startswith("msg_")
+    assert reply.stop_reason == "max_tokens" and reply.stop_sequence is None
+    assert block.type == "text" and block.text == tokenizer.decode(reply.token_ids, skip_special=True)
+    assert reply.prompt_token_ids == tokenizer.encode("<|user|>2+2?<|end|><|assistant|>")
+    usage = reply.usage
+    assert usage.output_tokens == 12
+    assert usage.input_tokens + usage.cache_read_input_tokens == len(reply.prompt_token_ids)
+
+
+def test_content_blocks_are_the_same_chat(client, serving):
+    tokenizer = serving.policy.tokenizer
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+3?"}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "s"},
+                {"type": "text", "text": "Let me see."},
+                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2, "b": 3}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "5"}]},
+                {"type": "tool_result", "tool_use_id": "t2", "content": "no such", "is_error": True},
+                {"type": "text", "text": "So?"},
+            ],
+        },
+    ]
+    reply = create(client, messages=history, system=[{"type": "text", "text": "Be brief."}])
+    text = tokenizer.decode(reply.prompt_token_ids)
+    assert text == (
+        "<|system|>Be brief.<|end|><|user|>What is 2+3?<|end|>"
+        '<|assistant|>Let me see.<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call><|end|>'
+        "<|tool|>5<|end|><|tool|>Error: no such<|end|><|user|>So?<|end|><|assistant|>"
+    )
+
+
+def test_stop_sequences(client):
+    free = create(client, max_tokens=60, extra_body=GREEDY)
+    text = free.content[0].text
+    stop = next(
+        text[i : i + 2] for i in range(10, 50) if text[i : i + 2].isprintable() and "\ufffd" not in text[i : i + 2]
+    )
+    cut = create(client, max_tokens=60, extra_body=GREEDY, stop_sequences=["\x00never", stop])
+    assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", stop)
+    assert "".join(block.text for block in cut.content) == text[: text.index(stop)]
+
+
+def test_tool_use(serving_tools):
+    client = anthropic.Anthropic(base_url=serving_tools.url, api_key="any", max_retries=0)
+    reply = create(client, tools=TOOLS)
+    (block,) = reply.content
+    assert reply.stop_reason == "tool_use"
+    assert (block.type, block.name, block.input) == ("tool_use", "add", {"a": 2, "b": [3, "x"]})
+    plain = create(client, tools=TOOLS, tool_choice={"type": "none"})
+    assert plain.stop_reason == "end_turn" and plain.content[0].text.startswith("<tool_call>")
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text: must be a str"),
+        ({"messages": [*USER, {"role": "assistant", "content": "The"}]}, "prefill"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
+        ({"extra_body": {"temperature": -1}}, "temperature"),
+        ({"extra_body": {"stop_sequences": [""]}}, "stop_sequences"),
+        ({"extra_body": {"stream": True}}, "stream"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, "context of 256"),
+    ],
+)
+def test_what_cannot_be_done_is_said(client, options, text):
+    with pytest.raises(anthropic.BadRequestError, match=text) as caught:
+        create(client, **options)
+    body = caught.value.body
+    assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error" and body["request_id"]
+
+
+def test_every_prefix(serving):
+    for prefix in ("", "/v1"):  # this SDK appends one more
+        with anthropic.Anthropic(base_url=serving.url + prefix, api_key="any", max_retries=0) as client:
+            assert create(client).content
+            assert [model.id for model in client.models.list()] == [serving.policy.name]
+    body = {"messages": USER, "max_tokens": 1}
+    assert serving.http.post("/messages", json=body).status_code == 200
