@@ -124,15 +124,18 @@ def test_remat_changes_nothing(config, params, reference, rows, advantages, rema
     assert_equal_gradients(accumulated(config, params, reference, blocks, 1, settings).grads, plain.grads)
 
 
-def test_bfloat16_computes_close_to_float32_and_keeps_float32_masters(config, params, rows, advantages):
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_gradients(config, params, rows, advantages):
     settings = dataclasses.replace(SETTINGS, compute_dtype="bfloat16")
-    learner = Learner(config, params, settings)
-    metrics = learner.update(rows, advantages)
-    exact = Learner(config, params, SETTINGS).update(rows, advantages)
-    assert {leaf.dtype for leaf in jax.tree.leaves(learner.state.params)} == {np.dtype(np.float32)}
-    np.testing.assert_allclose(metrics["policy/entropy"], exact["policy/entropy"], rtol=0.01)
-    np.testing.assert_allclose(metrics["policy/grad_norm"], exact["policy/grad_norm"], rtol=0.05)
-    assert metrics["policy/entropy"] != exact["policy/entropy"]
+    blocks = packing.pack(rows, advantages, 32)
+    exact = update.policy_logprobs(params, blocks, config=config, settings=SETTINGS)
+    coarse = update.policy_logprobs(params, blocks, config=config, settings=settings)
+    for one, other in zip(exact, coarse, strict=True):
+        difference = np.abs(one - other)[blocks.loss_mask_bt]
+        assert 0 < difference.mean() < 0.02 and difference.max() < 0.2
+
+    arguments = update.zero_totals(params), params, None, blocks, None, np.float32(1)
+    totals = jax.eval_shape(lambda *arrays: update.accumulate(*arrays, config=config, settings=settings), *arguments)
+    assert {leaf.dtype for leaf in jax.tree.leaves(totals)} == {np.dtype(np.float32)}
 
 
 def test_optimizer_equals_torch(config, params):

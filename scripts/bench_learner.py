@@ -1,0 +1,145 @@
+"""Measures the learner: one JSON line per combination of rows and length.
+
+    python scripts/bench_learner.py --model=builtin:tiny --rows=64 --length=256
+    python scripts/bench_learner.py --model=random:llama3.2-1b --rows=8,32 --length=1024,4096 --remat=full
+
+A measurement is a whole GRPO update as training makes it: packing, micro-batches, reference, gradient, optimizer step
+and reading the metrics. The rows are random tokens of one length, the second half of each sampled.
+
+`fraction_of_matmul_limit` is the model's floating point operations over what a large matrix product reaches on this
+device in the same time and dtype. Counted are 2 per matrix weight and token forwards, twice that backwards, 2 more for
+the reference, and causal attention alike; recomputation (`--remat`) is not counted.
+"""
+
+import argparse
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightning_jax.model import llama, shapes, weights
+from lightning_jax.rl import packing, trajectory
+from lightning_jax.rl.learner import Learner, LearnerSettings
+
+
+def main() -> None:
+    args = _parse_args()
+    config, params = _load(args.model)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    limit = matmul_flops_per_s(dtype)
+    for num_rows in args.rows:
+        for length in args.length:
+            settings = LearnerSettings(
+                kl_coef=args.kl_coef,
+                gradient_accumulation=args.gradient_accumulation,
+                batch_size=num_rows,
+                max_seq_len=length,
+                remat=None if args.remat == "none" else args.remat,
+                compute_dtype=dtype,
+            )
+            result = measure(config, params, settings, num_rows, length, args.repeats)
+            flops = flops_per_token(config, length, reference=args.kl_coef > 0) * num_rows * length
+            device = jax.devices()[0]
+            line = {
+                "benchmark": "learner",
+                "model": args.model,
+                "backend": jax.default_backend(),
+                "device": device.device_kind,
+                "dtype": dtype,
+                "remat": args.remat,
+                "batch": num_rows,
+                "length": length,
+                "gradient_accumulation": args.gradient_accumulation,
+                **result,
+                "tokens_per_s": num_rows * length / result["update_s"],
+                "flops_per_s": flops / result["update_s"],
+                "matmul_limit_flops_per_s": limit,
+                "fraction_of_matmul_limit": flops / result["update_s"] / limit,
+            }
+            if stats := device.memory_stats():
+                line["peak_memory_bytes"] = stats["peak_bytes_in_use"]
+            print(json.dumps(line), flush=True)
+
+
+def measure(
+    config: llama.LlamaConfig, params: llama.Params, settings: LearnerSettings, num_rows: int, length: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of an update (the median) and of the first one, which compiles."""
+    learner = Learner(config, params, settings)
+    rng = np.random.default_rng(0)
+    rows = []
+    for rollout in range(num_rows):
+        tokens = rng.integers(config.vocab_size, size=length).tolist()
+        prompt, sampled = tokens[: length // 2], tokens[length // 2 :]
+        logprobs = np.full(len(sampled), -math.log(config.vocab_size), np.float32)
+        rows += trajectory.build_rows([trajectory.TokenCall(0, None, prompt, sampled, logprobs)], rollout)
+    advantage_n = rng.normal(size=num_rows).astype(np.float32)
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        metrics = learner.update(rows, advantage_n)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "update_s": float(np.median(seconds[1:])),
+        "first_update_s": seconds[0],
+        "block_length": packing.block_length(length, minimum=settings.min_block_length),
+        "padding_fraction": metrics["train/padding_fraction"],
+    }
+
+
+def flops_per_token(config: llama.LlamaConfig, length: int, *, reference: bool) -> float:
+    """Floating point operations per token of an update on rows of this length."""
+    layers = llama.abstract_params(config)["layers"]
+    matrices = sum(math.prod(s.shape) for name, s in layers.items() if "norm" not in name and "bias" not in name)
+    matrices += config.vocab_size * config.hidden_size  # the unembedding; the embedding is a look-up
+    seen = length / 2 if config.sliding_window is None else min(length / 2, config.sliding_window)
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * seen  # scores, and weighted values
+    forward = 2 * (matrices + attention)
+    return forward * (3 + reference)
+
+
+def matmul_flops_per_s(dtype: str) -> float:
+    """What the best of a few products of large square matrices reaches on the default device."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def _load(model: str) -> tuple[llama.LlamaConfig, llama.Params]:
+    """The model at a path, or random weights of a named shape."""
+    if not model.startswith("random:"):
+        return weights.load_model(model)
+    config = shapes.named_shape(model.removeprefix("random:"))
+    return config, jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
+
+
+def _parse_args() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model path, or random:SHAPE")
+    parser.add_argument("--rows", type=numbers, default=[16], help="rows of an update, separated by commas")
+    parser.add_argument("--length", type=numbers, default=[256], help="tokens of a row, separated by commas")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="float32 on CPU by default, bfloat16 elsewhere"
+    )
+    parser.add_argument("--remat", choices=("none", *llama.REMAT_POLICIES), default="none")
+    parser.add_argument("--kl_coef", type=float, default=0.001, help="0 leaves the reference out")
+    parser.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches of an update")
+    parser.add_argument("--repeats", type=int, default=3, help="updates to take the median of")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
