@@ -30,6 +30,7 @@ class JobProgress:
         self._reward = self._speed = self._left = ""
         self._rollouts = self._ended_before = 0
         self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
+        self._first = 0  # the model's step before the job's first update
         self._first_step: tuple[int, float] | None = None
 
     def __enter__(self) -> "JobProgress":
@@ -46,7 +47,9 @@ class JobProgress:
         if kind.endswith("_started"):
             self._rollouts, self._ended_before = data["rollouts"], _ended(self._seen)
         elif kind == "step":
-            self._on_step(job["step"], data)
+            # The model may have been trained before this job, and the job may be ahead of its events.
+            self._first = max(self._first, step - job["step"])
+            self._on_step(step - self._first, data)
         elif kind == "evaluation":
             line = f"held-out reward {_number(data['eval/reward'])} ({data['eval/count']:.0f} tasks) at step {step}"
             self.say(line)

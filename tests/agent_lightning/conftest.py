@@ -17,6 +17,17 @@ def settings(tmp_path_factory):
 
     settings = config.default_config()
     settings.workdir = str(tmp_path_factory.mktemp("workdir"))
+    settings.algorithm.group_size = 2
+    settings.runtime.max_seq_len = 64
+    settings.runtime.gradient_accumulation = 1
+    settings.runtime.remat = "none"
+    settings.sampler.max_slots = 8
+    settings.sampler.kv_cache_tokens = 1024
+    settings.sampler.page_size = 8
+    settings.sampler.decode_steps = 4
+    settings.sampler.prefill_chunk = 32
+    settings.sampler.max_tokens = 8
+    settings.logging.tensorboard = False
     return settings
 
 

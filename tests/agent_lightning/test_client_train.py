@@ -1,0 +1,168 @@
+"""`Client.train` and the command line against a real server that trains the model that ships with the package."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agent_lightning import Client, TrainingError, cli
+from tests.agent_lightning.conftest import is_alive, wait_until, written_pids
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = "".join(json.dumps({"question": f"{i}+1=?", "ground_truth": str(i + 1)}) + "\n" for i in range(4))
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, settings, policy):
+    """A server that runs jobs: (its URL, its store)."""
+    from lightning_jax.server import RunningServer, bind, create_app
+    from lightning_jax.server.control import JobRunner
+    from lightning_jax.store import Store
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(Store(tmp_path_factory.mktemp("store") / "store.sqlite3")))
+        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, settings)))
+        app = create_app(config=settings, policy=policy, store=store, jobs=jobs)
+        server = RunningServer(app, bind("127.0.0.1", 0))
+        stack.callback(server.stop)
+        yield server.url, store
+
+
+@pytest.fixture
+def client(training, tmp_path):
+    (tmp_path / "train.jsonl").write_text(TASKS)
+    (tmp_path / "test.jsonl").write_text(TASKS.splitlines()[0])
+    client = Client(training[0])
+    client.upload_data(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), "sums")
+    return client
+
+
+def ask(resource, task):
+    """Asks the model with no SDK at all; half a point for an answer that holds a digit."""
+    import urllib.request
+
+    body = {"messages": [{"role": "user", "content": task.question}], "max_tokens": 4}
+    request = urllib.request.Request(f"{resource.model_api}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)["choices"][0]["message"]["content"]
+    return 1.0 if answer == task.ground_truth else 0.5 * any(c.isdigit() for c in answer)
+
+
+def test_train(client, training, capfd):
+    seen_before = len(training[1].jobs())
+    result = client.train(ask, nworkers=2, epochs=2, batch_size=2, eval_interval=2, metadata={"use_cot": True})
+    assert result.total_steps == 4 and len(result.train_rewards) == 4
+    assert len(result.test_rewards) == 3  # before, after step 2, after step 4
+    assert all(0 <= reward <= 1 for reward in result.train_rewards + result.test_rewards)
+    assert result.final_reward == result.test_rewards[-1]
+    assert result.total_time > 0
+    assert Path(result.checkpoints[-1]).is_dir()
+    job = training[1].jobs()[seen_before]
+    assert (job["status"], job["job_id"]) == ("succeeded", result.job_id)
+    assert job["spec"]["metadata"] == {"use_cot": True}
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {i}/4" for i in range(1, 5)]
+    assert sum(line.startswith("held-out reward") for line in lines) == 3
+
+
+def test_an_agent_that_always_fails(client):
+    def agent(resource, task):
+        raise ZeroDivisionError("the agent's own mistake")
+
+    with pytest.raises(TrainingError, match=r"(?s)rollouts of step \d+ failed.*raise ZeroDivisionError"):
+        client.train(agent, nworkers=1, batch_size=2)
+
+
+def test_an_agent_that_cannot_be_loaded_ends_the_job(client, training, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("import no_such_package_at_all\n")
+    with pytest.raises(TrainingError, match="No module named 'no_such_package_at_all'"):
+        client.train(str(script), nworkers=1, batch_size=2)
+    job_id = training[1].jobs()[-1]["job_id"]
+    wait_until(lambda: training[1].job(job_id)["status"] in ("failed", "stopped"))
+
+
+SCRIPT = """
+import os, pathlib, sys, time
+from agent_lightning import Client
+
+folder, pause = pathlib.Path(sys.argv[2]), float(sys.argv[3])
+
+def agent(resource, task):
+    (folder / str(os.getpid())).touch()
+    from tests.agent_lightning.test_client_train import ask
+    time.sleep(pause)
+    return ask(resource, task)
+
+result = Client(sys.argv[1]).train(agent, nworkers=2, epochs=1000, batch_size=2, data_id="sums")
+print("steps", result.total_steps, "checkpoints", len(result.checkpoints))
+"""
+
+
+@pytest.fixture
+def script(client, training, tmp_path):
+    """Starts a client process that trains for very long; (process, folder of its workers' ids)."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    started = []
+
+    def start(seconds_per_rollout: float):
+        command = [sys.executable, "-c", SCRIPT, training[0], str(folder), str(seconds_per_rollout)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        wait_until(lambda: written_pids(folder))
+        return started[-1], folder
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_once_ends_after_the_step_with_a_checkpoint(script, training):
+    process, folder = script(0.0)
+    job_id = training[1].jobs()[-1]["job_id"]
+    wait_until(lambda: training[1].job(job_id)["step"] >= 2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    job = training[1].job(job_id)
+    assert job["status"] == "stopped"
+    assert out == f"steps {job['step']} checkpoints {len(job['result']['checkpoints'])}\n"
+    assert Path(job["result"]["checkpoints"][-1]).is_dir()
+    assert "stopping after this step" in err
+    assert not any(map(is_alive, written_pids(folder)))
+
+
+def test_ctrl_c_twice_ends_at_once(script, training):
+    process, folder = script(1000.0)
+    job_id = training[1].jobs()[-1]["job_id"]
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    wait_until(lambda: training[1].job(job_id)["status"] in ("stopped", "failed"))
+    assert not any(map(is_alive, written_pids(folder)))
+
+
+def test_command_line(training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AGENT_LIGHTNING_SERVER_URL", training[0])
+    (tmp_path / "train.jsonl").write_text(TASKS)
+    (tmp_path / "agent.py").write_text("def my_agent(resource, task):\n    return len(task.question)\n")
+    assert cli.main(["data", "upload", "--train", str(tmp_path / "train.jsonl"), "--data-id", "from-cli"]) == 0
+    assert capsys.readouterr().out == "from-cli\n"
+    command = ["train", "--agent-script", str(tmp_path / "agent.py"), "--data-id", "from-cli", "--nworkers", "2"]
+    assert cli.main([*command, "--batch-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "final reward: 5.0000" in out
+    assert "steps: 1 in" in out
