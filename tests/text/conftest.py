@@ -20,7 +20,7 @@ CHATML = """
 {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
 {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
 {%- elif message.role == 'assistant' %}
-{%- set content = message.content.split('</think>')[-1].lstrip('\n') %}{# thoughts of earlier turns are dropped #}
+{%- set content = message.content if loop.last else message.content.split('</think>')[-1] %}
 {{- '<|im_start|>assistant\n' + content }}
 {%- for call in message.tool_calls or [] %}
 {{- ('\n' if loop.first and content or not loop.first else '') + '<tool_call>\n{"name": "' + call.function.name }}

@@ -45,13 +45,15 @@ def sample(tokenizer, messages, sampled, tools=None, earlier=(), key=""):
 # ---- growing conversations ------------------------------------------------------------------------------------------
 
 
-def test_faithful_replies_give_the_prompt_of_the_whole_conversation(tokenizer):
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "truncated"])
+def test_faithful_replies_give_the_prompt_of_the_whole_conversation(tokenizer, ended):
     """Where the sampled ids are what encoding the reply gives, nothing can be told from transformers' own prompt."""
     # Llama 2's template writes white space around a reply, so its model samples it, and the server returns it.
     before, after = (" ", " ") if "[/INST] " in tokenizer.render([user("a"), assistant("b")]) else ("", "")
     messages, calls = [user("What is 12 + 30?")], []
     for reply in ("It is 42.", "Because 2+0 = 2\n\nand 1+3 = 4.", "Any time"):
-        ids = [*tokenizer.encode_after(tokenizer.encode("]")[-1], before + reply + after), turn_end(tokenizer)]
+        ids = tokenizer.encode_after(tokenizer.encode("]")[-1], before + reply + (after if ended else ""))
+        ids += [turn_end(tokenizer)] if ended else []
         calls.append(sample(tokenizer, messages, ids, earlier=calls))
         messages = [*messages, calls[-1].reply, user(" Why?  ")]
         prompt = build_prompt(tokenizer, canonical_messages(messages), None, calls)
@@ -136,7 +138,8 @@ def test_thoughts_that_the_template_drops_stay_in_the_prompt(tokenizers):
 
 
 def test_a_marker_in_the_conversation_confuses_nothing(tokenizer):
-    first = sample(tokenizer, [user("ReplyGoesHere")], [*tokenizer.encode("ReplyGoesHere0"), turn_end(tokenizer)])
+    sampled = [*tokenizer.encode("<think>hm</think>ReplyGoesHere0"), turn_end(tokenizer)]
+    first = sample(tokenizer, [user("ReplyGoesHere")], sampled)
     messages = canonical_messages([user("ReplyGoesHere"), first.reply, user("ReplyGoesHere00 x")])
     prompt = build_prompt(tokenizer, messages, None, [first])
     new = tokenizer.decode(prompt.ids[len(first.prompt_ids) + len(first.sampled_ids) :])

@@ -213,23 +213,29 @@ def test_qwen2_agrees_with_transformers(tmp_path, byte_level_vocabulary):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
 def sentencepiece_pair(request, sentencepiece_model, tmp_path_factory):
-    """A GGUF made from a SentencePiece model the way llama.cpp's converter does it, and the model itself."""
+    """A GGUF made from a SentencePiece model as llama.cpp converts it, and the model's `encode` in the ids of the file.
+
+    Its pieces stand in the opposite order, so that only their scores say which merge comes first.
+    """
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokens, scores, types = [], [], []
-    for n in range(model.get_piece_size()):
+    order = [0, 1, 2, *reversed(range(3, model.get_piece_size()))]
+    for n in order:
         tokens.append(model.id_to_piece(n))
         scores.append(model.get_score(n))
         types.append(2 if model.is_unknown(n) else 3 if model.is_control(n) else 6 if model.is_byte(n) else 1)
     more = [("add_bos_token_id", 1), ("add_eos_token_id", 2), ("add_unk_token_id", 0)]
     more.append(("add_add_space_prefix", request.param))
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return request.param, write_gguf(path, "llama", tokens, scores=scores, types=types, more=more), model
+    write_gguf(path, "llama", tokens, scores=scores, types=types, more=more)
+    position = {n: index for index, n in enumerate(order)}
+    return request.param, path, lambda text: [position[n] for n in model.encode(text)]
 
 
 def test_sentencepiece_vocabulary(sentencepiece_pair):
-    has_prefix, path, model = sentencepiece_pair
+    has_prefix, path, reference = sentencepiece_pair
     tokenizer = load_tokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
 
@@ -237,13 +243,31 @@ def test_sentencepiece_vocabulary(sentencepiece_pair):
     @given(text=text_strategy)
     def check(text):
         if has_prefix:
-            assert tokenizer.encode(text) == model.encode(text)
+            assert tokenizer.encode(text) == reference(text)
         else:  # the model's own prefix space, taken off again behind a newline, which never merges
-            newline = model.encode("\n")
-            assert newline + tokenizer.encode(text) == model.encode("\n" + text)
+            assert reference("\n") + tokenizer.encode(text) == reference("\n" + text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
     check()
+
+
+def test_byte_tokens_are_never_made_by_merging(tmp_path):
+    """A text that spells a byte token is not that byte."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<", "0", "x", "A", ">", "<0", "<0x", "<0x0", "A>"]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *pieces]
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        "llama",
+        tokens,
+        scores=[0.0] * 259 + [-float(n) for n in range(len(pieces))],
+        types=[2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        more=[("add_add_space_prefix", False)],
+    )
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("<0x0A>\n")
+    assert [tokens[index] for index in ids] == ["<0x0", "A>", "<0x0A>"]
+    assert tokenizer.decode(ids) == "<0x0A>\n"
 
 
 def test_saved_sentencepiece_folder_adds_bos_for_others(sentencepiece_pair, tmp_path):

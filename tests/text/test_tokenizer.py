@@ -80,6 +80,32 @@ def test_special_tokens_are_ids_and_never_added(tokenizers):
         assert not set(tokenizer.eos_ids) & set(tokenizer.encode("text")), name
 
 
+@pytest.mark.parametrize("text", ["and then", " and then", "\nand 12", "</s>[INST] x", "", "é日"])
+def test_encode_after_text_adds_no_space(llama2_folder, tokenizers, text):
+    """SentencePiece puts a space in front of a text; in the middle of one there is none."""
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama2_folder / "tokenizer.model"))
+    llama2 = tokenizers["llama2"]
+    before = reference.encode("\n")  # merges with nothing
+    plain, end, rest = text.partition("</s>")
+    expected = reference.encode("\n" + plain)[len(before) :] + ([2, *reference.encode(rest)] if end else [])
+    assert llama2.encode_after(reference.encode("x")[-1], text) == expected
+    assert llama2.encode_after(2, text) == llama2.encode("</s>" + text)[1:]
+
+
+def test_encode_after_a_token_that_swallows_white_space(chatml_folder, tmp_path):
+    """Phi's special tokens take the white space behind them, wherever a text is cut."""
+    load_tokenizer(chatml_folder).save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in saved["added_tokens"]:
+        token["rstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_after(1001, "\n<|im_start|>\nuser") == [1002, *tokenizer.encode("user")]
+    assert tokenizer.encode_after(tokenizer.encode("x")[-1], "\nuser") == tokenizer.encode("\nuser")
+
+
 def test_ends_of_a_reply(tokenizers):
     """The tokenizer's own, the generation config's, and the one that the template writes."""
     assert tokenizers["chatml"].eos_ids == (1001, 1000)
