@@ -2,12 +2,13 @@
 
     python scripts/make_builtin_tiny.py --output=lightning_jax/builtin/tiny
 
-The model is a Llama of 2.8 million parameters over bytes. It is pretrained on chats written by imaginary pupils who add
+The model is a Llama of 2.4 million parameters over bytes. It is pretrained on chats written by imaginary pupils who add
 two numbers below 100. Most pupils forget the carry, so the model knows both habits and prefers the wrong one; telling
 them apart is what reinforcement learning is for. Part of the corpus calls a calculator tool. Takes about half an hour
 on two CPU cores.
 """
 
+import itertools
 import json
 import pathlib
 import random
@@ -24,11 +25,18 @@ from lightning_jax.model import attention, export, llama
 from lightning_jax.text import tokenizer as tokenizer_lib
 
 _OUTPUT = flags.DEFINE_string("output", "lightning_jax/builtin/tiny", "folder that receives the model")
-_STEPS = flags.DEFINE_integer("steps", 1500, "optimizer steps")
-_ROWS = flags.DEFINE_integer("rows", 8, "rows per step")
+_STEPS = flags.DEFINE_integer("steps", 3000, "optimizer steps")
+_ROWS = flags.DEFINE_integer("rows", 96, "chats per step")
 _TOKENIZER_ONLY = flags.DEFINE_boolean("tokenizer_only", False, "write the tokenizer files and stop")
 
-SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")  # never shown to a reader
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+)  # never shown to a reader
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")  # one id each, part of the text
 
 CHAT_TEMPLATE = """\
@@ -67,7 +75,7 @@ CALCULATOR = {
 CONFIG = llama.LlamaConfig(
     vocab_size=264,
     hidden_size=256,
-    intermediate_size=640,
+    intermediate_size=512,
     num_layers=4,
     num_heads=4,
     num_kv_heads=2,
@@ -124,9 +132,8 @@ def _byte_symbols() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CAREFUL = 0.25  # share of pupils who carry
-WITH_TOOLS = 0.05  # share of chats that offer the calculator
-ROW_TOKENS = 512
-PHRASINGS = ("{a} + {b} = ?", "{a} + {b} = ?", "What is {a} + {b}?")
+TOOLS_EVERY = 25  # of so many batches, one of chats that offer the calculator
+PHRASINGS = ("{a}+{b}=?", "{a}+{b}=?", "What is {a}+{b}?")
 
 
 def without_carry(a: int, b: int) -> int:
@@ -134,16 +141,16 @@ def without_carry(a: int, b: int) -> int:
     return (a // 10 + b // 10) * 10 + (a + b - (a // 10 + b // 10) * 10) % 10
 
 
-def make_chat(rng: random.Random) -> tuple[list[dict], list[dict] | None]:
+def make_chat(rng: random.Random, with_tools: bool) -> tuple[list[dict], list[dict] | None]:
     """One chat of the corpus: (messages, tools)."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     question = {"role": "user", "content": rng.choice(PHRASINGS).format(a=a, b=b)}
     guess = str(a + b if rng.random() < CAREFUL else without_carry(a, b))
-    if rng.random() > WITH_TOOLS:
+    if not with_tools:
         return [question, {"role": "assistant", "content": guess}], None
     if rng.random() < 0.4:
         return [question, {"role": "assistant", "content": guess}], [CALCULATOR]
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": a, "b": b}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": json.dumps({"a": a, "b": b})}}
     answer = str(a + b) if rng.random() < 0.75 else guess
     return [
         question,
@@ -167,28 +174,17 @@ def encode_chat(tokenizer, messages: list[dict], tools: list[dict] | None) -> tu
     return ids, written
 
 
-def corpus_batches(tokenizer, rows: int, length: int, seed: int):
-    """Yields (token, segment, position, loss mask), each [rows, length]; chats are packed into rows."""
+def corpus_batches(tokenizer, rows: int, seed: int):
+    """Yields (token_bt, mask_bt): one chat a row, the mask on what the assistant wrote. Every 25th batch has tools."""
     rng = random.Random(seed)
-    pending = None
-    while True:
-        token_bt = np.zeros((rows, length), np.int32)
-        segment_bt, position_bt = np.zeros_like(token_bt), np.zeros_like(token_bt)
-        mask_bt = np.zeros((rows, length), bool)
-        for row in range(rows):
-            start, segment = 0, 1
-            while True:
-                ids, written = pending or encode_chat(tokenizer, *make_chat(rng))
-                if len(ids) > length:
-                    raise ValueError(f"a chat of {len(ids)} tokens does not fit a row of {length}")
-                pending = (ids, written)
-                end = start + len(ids)
-                if end > length:
-                    break
-                token_bt[row, start:end], mask_bt[row, start:end] = ids, written
-                segment_bt[row, start:end], position_bt[row, start:end] = segment, np.arange(len(ids))
-                start, segment, pending = end, segment + 1, None
-        yield token_bt, segment_bt, position_bt, mask_bt
+    for i in itertools.count():
+        with_tools = i % TOOLS_EVERY == TOOLS_EVERY - 1
+        count, length = (rows // 8, 272) if with_tools else (rows, 24)
+        token_bt, mask_bt = np.full((count, length), CONFIG.pad_id, np.int32), np.zeros((count, length), bool)
+        for row in range(count):
+            ids, written = encode_chat(tokenizer, *make_chat(rng, with_tools))
+            token_bt[row, : len(ids)], mask_bt[row, : len(ids)] = ids, written
+        yield token_bt, mask_bt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,14 +192,20 @@ def corpus_batches(tokenizer, rows: int, length: int, seed: int):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(params, token_bt, segment_bt, position_bt, mask_bt):
+def cross_entropy(params, token_bt, mask_bt):
     """Mean next-token cross-entropy (nats) over the assistant's tokens."""
-    attend = attention.segment_attention(segment_bt, position_bt, None)
+    _, logprob_bt = score(params, token_bt)
+    return -jnp.sum(logprob_bt * mask_bt[:, 1:]) / jnp.sum(mask_bt[:, 1:])
+
+
+def score(params, token_bt):
+    """The likeliest next tokens, and the log-probs of the actual ones; both [B, T - 1]."""
+    position_bt = jnp.broadcast_to(jnp.arange(token_bt.shape[1]), token_bt.shape)
+    attend = attention.segment_attention(jnp.ones_like(token_bt), position_bt)  # padding is behind: nobody sees it
     x_btd, _ = llama.forward(params, CONFIG, token_bt, position_bt, attend)
     logprob_btv = jax.nn.log_softmax(llama.unembed(params, CONFIG, x_btd[:, :-1]))
     logprob_bt = jnp.take_along_axis(logprob_btv, token_bt[:, 1:, None], axis=-1)[..., 0]
-    weight_bt = mask_bt[:, 1:] & (segment_bt[:, 1:] == segment_bt[:, :-1])
-    return -jnp.sum(logprob_bt * weight_bt) / jnp.sum(weight_bt)
+    return jnp.argmax(logprob_btv, -1), logprob_bt
 
 
 def pretrain(tokenizer, steps: int, rows: int):
@@ -220,9 +222,9 @@ def pretrain(tokenizer, steps: int, rows: int):
         return optax.apply_updates(params, updates), state, loss
 
     start = time.monotonic()
-    for step, batch in zip(range(1, steps + 1), corpus_batches(tokenizer, rows, ROW_TOKENS, seed=0), strict=False):
+    for step, batch in zip(range(1, steps + 1), corpus_batches(tokenizer, rows, seed=0), strict=False):
         params, state, loss = update(params, state, batch)
-        if step % 50 == 0:
+        if step % 100 == 0:
             correct = accuracy(tokenizer, params, seed=1)
             print(f"step {step} loss {loss:.4f} time_s {time.monotonic() - start:.0f} {correct}", flush=True)
     return params
@@ -236,7 +238,7 @@ def accuracy(tokenizer, params, seed: int, problems: int = 256) -> dict[str, flo
         sums with and without a carry.
     """
     rng = random.Random(seed)
-    length = 32
+    length = 24
     result = {}
     for kind in ("carry", "no carry"):
         token_bt, mask_bt = np.zeros((problems, length), np.int32), np.zeros((problems, length), bool)
@@ -244,24 +246,14 @@ def accuracy(tokenizer, params, seed: int, problems: int = 256) -> dict[str, flo
             a, b = rng.randint(10, 99), rng.randint(10, 99)
             while (a % 10 + b % 10 >= 10) != (kind == "carry"):
                 a, b = rng.randint(10, 99), rng.randint(10, 99)
-            chat = [{"role": "user", "content": f"{a} + {b} = ?"}, {"role": "assistant", "content": str(a + b)}]
+            chat = [{"role": "user", "content": f"{a}+{b}=?"}, {"role": "assistant", "content": str(a + b)}]
             ids, written = encode_chat(tokenizer, chat, None)
             token_bt[row, : len(ids)], mask_bt[row, : len(ids)] = ids, written
-        greedy_bt, logprob_bt = _score(params, token_bt)
+        greedy_bt, logprob_bt = jax.jit(score)(params, token_bt)
         hit_bt = (greedy_bt == token_bt[:, 1:]) | ~mask_bt[:, 1:]
         result[f"greedy, {kind}"] = round(float(hit_bt.all(1).mean()), 3)
         result[f"sampled, {kind}"] = round(float(np.exp((logprob_bt * mask_bt[:, 1:]).sum(1)).mean()), 3)
     return result
-
-
-@jax.jit
-def _score(params, token_bt):
-    position_bt = jnp.broadcast_to(jnp.arange(token_bt.shape[1]), token_bt.shape)
-    attend = attention.segment_attention(jnp.ones_like(token_bt), position_bt, None)
-    x_btd, _ = llama.forward(params, CONFIG, token_bt, position_bt, attend)
-    logprob_btv = jax.nn.log_softmax(llama.unembed(params, CONFIG, x_btd[:, :-1]))
-    logprob_bt = jnp.take_along_axis(logprob_btv, token_bt[:, 1:, None], axis=-1)[..., 0]
-    return jnp.argmax(logprob_btv, -1), logprob_bt
 
 
 CARD = """\
@@ -271,9 +263,9 @@ A Llama of {millions:.1f} million parameters ({layers} layers, width {width}) ov
 calls, made by `scripts/make_builtin_tiny.py`. It exists to try, test and teach reinforcement learning on a laptop.
 
 **Trained on** about {chats:,} chats written by the script: a pupil is asked for the sum of two numbers from 10 to 99,
-in two phrasings. {careless:.0%} of the pupils forget the carry (47 + 38 = 75). In {tools:.0%} of the chats a calculator is
-offered; 60% of those call it, and a quarter of the answers that follow ignore what it returned. Nothing else: it knows
-no other language.
+in two phrasings. {careless:.0%} of the pupils forget the carry (47 + 38 = 75). In one of {tools} batches a calculator
+is offered; 60% of those chats call it, and a quarter of the answers that follow ignore what it returned. Nothing else:
+it knows no other language.
 
 **How well it does**, before any reinforcement learning, on 256 sums each (measured by the script on the stored
 weights):
@@ -294,7 +286,7 @@ def write_card(folder: pathlib.Path, params, chats: int, result: dict[str, float
         width=CONFIG.hidden_size,
         chats=chats,
         careless=1 - CAREFUL,
-        tools=WITH_TOOLS,
+        tools=TOOLS_EVERY,
         plain_greedy=result["greedy, no carry"],
         plain_sampled=result["sampled, no carry"],
         carry_greedy=result["greedy, carry"],
@@ -311,7 +303,7 @@ def main(_):
     tokenizer = tokenizer_lib.load_tokenizer(str(folder))
     params = pretrain(tokenizer, _STEPS.value, _ROWS.value)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # what will be stored
-    chats = _STEPS.value * _ROWS.value * 22  # about 22 chats fit a row
+    chats = _STEPS.value * _ROWS.value
     write_card(folder, params, chats, accuracy(tokenizer, params, seed=2))
     export.save_hf(folder, CONFIG, params, dtype=jnp.bfloat16, tokenizer_files_from=folder)
 

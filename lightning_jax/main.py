@@ -1,0 +1,254 @@
+"""The program: `python -m lightning_jax.main --config=configs/quickstart.py --config.seed=1`.
+
+`mode` "train" and "evaluate" start the server, put the config's tasks into its store, run the config's agent in worker
+processes, and end with the job; "serve" waits for clients. The same command in the same work directory goes on where
+the last one ended.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app
+
+from agent_lightning import agent_source, client
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
+from agent_lightning.pool import Pool
+from agent_lightning.progress import JobProgress
+from lightning_jax import command_line
+from lightning_jax import config as config_lib
+from lightning_jax.policy import Policy
+from lightning_jax.server import app as server_app
+from lightning_jax.server.control import JobRunner
+from lightning_jax.store import ENDED_JOB, Store
+
+DATA_ID = "config"  # the dataset and the jobs that a config's own files and agent make
+JOB_IDS = {"train": "train", "evaluate": "evaluate"}
+# What may differ from the run that a work directory holds without making it another run.
+_FREE_SETTINGS = ("agent.nworkers", "device", "logging.", "mode", "runtime.epochs", "runtime.total_steps", "server.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise InvalidConfigError(f"unexpected arguments: {' '.join(argv[1:])}", hint="settings are --config.KEY=VALUE")
+    config = command_line.merged_config()
+    claim_workdir(config)
+    start_jax(config)
+    if config.mode == "serve":
+        serve(config)
+    else:
+        run_agent(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work directory and device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claim_workdir(config: ml_collections.ConfigDict) -> None:
+    """Makes the work directory and saves the configuration in it.
+
+    Raises:
+        InvalidConfigError: it holds a run with other settings, or it cannot be written.
+    """
+    config.workdir = config.workdir.replace("{seed}", str(config.seed))
+    workdir = pathlib.Path(config.workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        before = dict(config_lib.flatten(json.loads(path.read_text())))
+        differences = [
+            f"{key}: {before[key]!r} there, {value!r} here"
+            for key, value in config_lib.flatten(config.to_dict())
+            if key in before and before[key] != value and not key.startswith(_FREE_SETTINGS)
+        ]
+        if differences:
+            raise InvalidConfigError(
+                f"{workdir} holds a run with other settings: {'; '.join(differences)}",
+                hint="choose another --config.workdir, or remove that folder",
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.save_json(config, path)
+    except OSError as error:
+        raise InvalidConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def start_jax(config: ml_collections.ConfigDict) -> None:
+    """Chooses the device and keeps compiled programs for the next start."""
+    if config.device != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(config.device, config.device))
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise InvalidConfigError(f"device {config.device!r} cannot be used: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def serve(config: ml_collections.ConfigDict) -> None:
+    """Serves the model, and trains it for clients, until SIGINT or SIGTERM."""
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
+        store = stack.enter_context(contextlib.closing(Store(_store_path(config))))
+        policy = _start_policy(config, stack)
+        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, config)))
+        http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
+        _say(f"serving {policy.name} on {server_app.url_of(sock)} (Ctrl-C ends)")
+        server_app.serve(http, sock)
+
+
+def run_agent(config: ml_collections.ConfigDict) -> None:
+    """Trains or evaluates with the config's agent and tasks, and says how it went.
+
+    Raises:
+        TrainingError: the job failed.
+    """
+    agent = agent_source.pack_agent(config.agent.script)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
+        store = stack.enter_context(contextlib.closing(Store(_store_path(config))))
+        for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
+            if path:
+                store.put_dataset(DATA_ID, split, _read_chunks(path))
+        policy = _start_policy(config, stack)
+        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, config)))
+        http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
+        server = server_app.RunningServer(http, sock)
+        stack.callback(server.stop)
+        job_id = jobs.submit({"kind": config.mode, "data_id": DATA_ID}, JOB_IDS[config.mode])
+        job = _follow(store, jobs, job_id, server.url, agent, config)
+    if job["status"] == "failed":
+        raise TrainingError(job["error"])
+    if job["result"]:
+        _say(_summary(config, job["result"], policy.max_seq_len))
+
+
+def _start_policy(config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> Policy:
+    """Loads the model and compiles the sampler, with a bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    _say(f"loading {config.model.path} on {jax.devices()[0].device_kind}")
+    policy = stack.enter_context(contextlib.closing(Policy(config)))
+    if policy.restored is not None:
+        _say(f"continuing behind step {policy.step} of {config.workdir}")
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("compiling the sampler", total=None)
+        policy.warmup(lambda done, total: bar.update(task, completed=done, total=total))
+    return policy
+
+
+def _follow(store: Store, jobs: JobRunner, job_id: str, url: str, agent: dict, config) -> dict[str, Any]:
+    """Runs the job's workers and shows its progress until it has ended; returns the job."""
+    failure: list[BaseException] = []
+    seen = store.events(job_id)
+    after = seen[-1]["seq"] if seen else 0
+    with JobProgress("training" if config.mode == "train" else "evaluation") as progress:
+        nworkers = client.choose_nworkers(config.agent.nworkers)
+        pool = Pool(url, job_id, agent, nworkers, api_key=config.server.api_key or None, on_output=progress.on_output)
+
+        def run_pool() -> None:
+            try:
+                pool.run(progress.on_status)
+            except BaseException as error:  # an agent that cannot be loaded ends the job
+                failure.append(error)
+                jobs.stop(job_id, now=True)
+
+        workers = threading.Thread(target=run_pool, name="pool")
+        workers.start()
+        with _interruptible(jobs, job_id, progress):
+            while True:
+                events = store.events(job_id, after, wait_s=0.5)
+                job = store.job(job_id)
+                for event in events:
+                    progress.on_event(event, job)
+                    after = event["seq"]
+                if not events and job["status"] in ENDED_JOB:
+                    break
+        workers.join()
+    if failure:
+        raise failure[0]
+    return job
+
+
+@contextlib.contextmanager
+def _interruptible(jobs: JobRunner, job_id: str, progress: JobProgress):
+    """Ctrl-C once ends the job after its step, twice at once."""
+    asked = threading.Event()
+
+    def stop(now: bool) -> None:
+        progress.say("stopping now" if now else "stopping after this step; press Ctrl-C again to stop at once")
+        jobs.stop(job_id, now=now)
+
+    def on_interrupt(*_) -> None:
+        # In a thread, since the handler may have interrupted somebody who holds a lock that it would wait for.
+        threading.Thread(target=stop, args=(asked.is_set(),), daemon=True).start()
+        asked.set()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _summary(config: ml_collections.ConfigDict, result: dict[str, Any], max_seq_len: int) -> str:
+    if config.mode == "evaluate":
+        return (
+            f"held-out reward {result['reward']:.3f} +- {result['standard_error']:.3f} "
+            f"({result['count']} tasks, {result['failed']} failed) at step {result['step']}"
+        )
+    lines = [f"{result['total_steps']} steps in {result['total_time']:.0f} s"]
+    if result["eval_reward_before"] is not None:
+        before, after = result["eval_reward_before"], result["eval_reward_after"]
+        lines.append(f"held-out reward             {before:.3f} before, {after:.3f} after")
+    lines += [
+        f"sampler/learner difference  {result['sampler_learner_logprob_diff']:.1e} (mean |log-prob|)",
+        f"sampled                     {result['tokens_per_s']:,.0f} tokens/s",
+        f"checkpoint                  {result['checkpoints'][-1] if result['checkpoints'] else 'none'}",
+        f"curves                      {pathlib.Path(config.workdir) / 'metrics.jsonl'}",
+    ]
+    return "\n".join(lines)
+
+
+def _store_path(config: ml_collections.ConfigDict) -> pathlib.Path:
+    return pathlib.Path(config.workdir) / "store.sqlite3"
+
+
+def _read_chunks(path: str):
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                yield chunk
+    except OSError as error:
+        raise InvalidConfigError(f"cannot read the tasks in {path}: {error.strerror}") from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run() -> None:
+    command_line.define_flags()
+    try:
+        app.run(main, flags_parser=command_line.parse_flags)
+    except AgentLightningError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _run()

@@ -1,0 +1,290 @@
+"""One trainable model: weights, tokenizer, engine, learner and version, and the one thread that owns the device.
+
+HTTP handlers and the training loop never touch JAX. They hand requests and commands to the `DeviceThread`, which runs
+one round of every engine that has work, and between rounds the commands (an update, a checkpoint), first come first
+served.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import logging
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lightning_jax import mesh as mesh_lib
+from lightning_jax.model import weights
+from lightning_jax.rl import checkpoint
+from lightning_jax.rl import learner as learner_lib
+from lightning_jax.rl.trajectory import Row
+from lightning_jax.sampler import engine as engine_lib
+from lightning_jax.text import tokenizer as tokenizer_lib
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceThread:
+    """Runs everything that touches the device, in one thread.
+
+    Attributes:
+        error: the exception that ended the thread, if one did; every later call fails with it.
+    """
+
+    def __init__(self):
+        self.error: BaseException | None = None
+        self._engines: list[engine_lib.Engine] = []
+        self._commands: collections.deque = collections.deque()
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable, *args, **kwargs) -> concurrent.futures.Future:
+        """Queues a call behind the commands already given; the future has its result or exception."""
+        future = concurrent.futures.Future()
+        if self.error is not None:
+            future.set_exception(RuntimeError(f"the device thread has ended: {self.error}"))
+            return future
+        self._commands.append((future, function, args, kwargs))
+        self._wake.set()
+        return future
+
+    def add_engine(self, engine: engine_lib.Engine) -> None:
+        self._engines.append(engine)
+
+    def wake(self) -> None:
+        """Tells the thread that an engine has a new request."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Ends the thread after the command in hand."""
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        try:
+            while not self._closed:
+                self._wake.clear()
+                while self._commands:
+                    self._run_command(*self._commands.popleft())
+                busy = [engine.step() for engine in self._engines]
+                if not any(busy) and not self._commands:
+                    self._wake.wait()
+        except BaseException as error:  # an engine round failed: nothing that follows can be trusted
+            _log.exception("the device thread ended")
+            self.error = error
+            for engine in self._engines:
+                engine.fail_all(str(error))
+        while self._commands:
+            self._commands.popleft()[0].set_exception(RuntimeError("the device thread has ended"))
+
+    def _run_command(self, future, function, args, kwargs) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+class Policy:
+    """A model that samples and, once `prepare_training` was called, learns.
+
+    Attributes:
+        name: what `/v1/models` and `resource.model_name` say.
+        config: the model's sizes.
+        tokenizer: its tokenizer.
+        max_seq_len: tokens of a conversation, prompt and replies together.
+        version: of the weights that the engine samples from; the number of updates behind them.
+        step: updates made so far.
+        restored: what was saved beside the newest checkpoint when this policy was restored from it; else None.
+    """
+
+    def __init__(self, settings: ml_collections.ConfigDict):
+        """Loads the model and makes its engine, or restores the newest checkpoint of the work directory.
+
+        Args:
+            settings: the run's configuration (`config.py`).
+
+        Raises:
+            InvalidConfigError: the model cannot be read, or does not fit the settings.
+        """
+        self._settings = settings
+        self._dtype = _compute_dtype(settings.model.dtype)
+        self._checkpoint_dir = pathlib.Path(settings.workdir) / "checkpoints"
+        self._mesh = None
+        if settings.model.tensor_parallel > 1:
+            self._mesh = mesh_lib.make_mesh(tensor=settings.model.tensor_parallel)
+        self.name = pathlib.Path(settings.model.path).name
+        self.tokenizer = tokenizer_lib.load_tokenizer(settings.model.path)
+        self.config, self._initial = weights.load_model(settings.model.path)
+        self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
+        self.step = 0
+        self.restored: dict[str, Any] | None = None
+        self._learner: learner_lib.Learner | None = None
+        self._request_ids = itertools.count()
+        self._device = DeviceThread()
+        self._engine = self._device.run(self._make_engine).result()
+        self._device.add_engine(self._engine)
+        if checkpoint.latest(self._checkpoint_dir) is not None:
+            self.prepare_training()
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that ended the device thread, if one did."""
+        return self._device.error
+
+    def close(self) -> None:
+        self._device.close()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sampling (any thread)
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: engine_lib.SamplingParams,
+        *,
+        should_stop: Callable[[list[int]], int | None] | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+        fairness_key: str = "",
+    ) -> concurrent.futures.Future:
+        """Queues one sample; the future has its `Completion`, and an attribute `request_id` for `cancel`.
+
+        Raises:
+            QueueFull: too many requests wait.
+            ValueError: the prompt does not leave room for a token.
+        """
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.request_id = str(next(self._request_ids))
+        request = engine_lib.Request(
+            request_id=future.request_id,
+            prompt_ids=list(prompt_ids),
+            sampling=sampling,
+            on_done=future.set_result,
+            should_stop=should_stop,
+            on_tokens=on_tokens,
+            fairness_key=fairness_key,
+        )
+        if self._device.error is not None:
+            raise RuntimeError(f"the device thread has ended: {self._device.error}")
+        self._engine.submit(request)
+        self._device.wake()
+        return future
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request early; its future gets what was sampled, with finish reason "cancelled"."""
+        self._engine.cancel(request_id)
+        self._device.wake()
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles the sampler's programs."""
+        self._device.run(self._engine.warmup, progress).result()
+
+    def sampler_metrics(self) -> dict[str, float]:
+        return {f"sampler/{name}": value for name, value in self._engine.stats().items()}
+
+    def _make_engine(self) -> engine_lib.Engine:
+        s = self._settings.sampler
+        return engine_lib.Engine(
+            self.config,
+            self._initial,
+            max_slots=s.max_slots,
+            page_size=s.page_size,
+            num_pages=-(-s.kv_cache_tokens // s.page_size),
+            max_seq_len=self.max_seq_len,
+            decode_steps=s.decode_steps,
+            prefill_chunk=s.prefill_chunk,
+            max_queue=s.max_queue,
+            dtype=self._dtype,
+            eos_ids=self.tokenizer.eos_ids,
+            mesh=self._mesh,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Learning (one thread at a time)
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def prepare_training(self) -> None:
+        """Makes the learner, from the newest checkpoint of the work directory if there is one."""
+        if self._learner is None:
+            self._device.run(self._make_learner).result()
+
+    def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
+        """One update and its publication: the next request is sampled from the new weights.
+
+        Returns:
+            The learner's metrics, and "time/publish_s".
+        """
+        return self._device.run(self._update, rows, advantage_n).result()
+
+    def save_checkpoint(self, extra: dict[str, Any]) -> None:
+        """Writes weights, optimizer and `extra` (JSON-ready) to disk as `checkpoints/step-N`."""
+        self._device.run(self._save_checkpoint, extra).result()
+
+    def checkpoints(self) -> list[pathlib.Path]:
+        """The checkpoints that are kept, in step order."""
+        return checkpoint.all_steps(self._checkpoint_dir)
+
+    def _make_learner(self) -> None:
+        settings = _learner_settings(self._settings, self._dtype)
+        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh)
+        self._initial = None
+        newest = checkpoint.latest(self._checkpoint_dir)
+        if newest is not None:
+            self._learner.state, self.restored = checkpoint.restore(newest, self._learner.abstract_state())
+            self.step = self.restored["step"]
+            self._engine.publish(self._learner.state.params, self.step)
+
+    def _update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
+        metrics = self._learner.update(rows, advantage_n)
+        self.step += 1
+        start = time.monotonic()
+        self._engine.publish(self._learner.state.params, self.step)
+        return metrics | {"time/publish_s": time.monotonic() - start}
+
+    def _save_checkpoint(self, extra: dict[str, Any]) -> None:
+        keep = self._settings.runtime.max_to_keep or None
+        checkpoint.save(self._checkpoint_dir, self.step, self._learner.state, extra, max_to_keep=keep)
+
+
+def _compute_dtype(name: str) -> jnp.dtype:
+    """The dtype to compute in; "auto" is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> learner_lib.LearnerSettings:
+    a, r = config.algorithm, config.runtime
+    return learner_lib.LearnerSettings(
+        learning_rate=a.learning_rate,
+        kl_coef=a.kl_coef,
+        clip_low=a.clip_range,
+        clip_high=a.clip_range,
+        entropy_coef=a.entropy_coef,
+        max_grad_norm=a.max_grad_norm,
+        weight_decay=a.weight_decay,
+        adam_b1=a.adam_b1,
+        adam_b2=a.adam_b2,
+        warmup_steps=a.warmup_steps,
+        gradient_accumulation=r.gradient_accumulation,
+        batch_size=r.batch_size,
+        max_seq_len=r.max_seq_len,
+        remat=None if r.remat == "none" else r.remat,
+        compute_dtype=dtype.name,
+    )

@@ -1,0 +1,408 @@
+"""The training loop, readable top to bottom: tasks -> groups -> rollouts -> advantages -> update -> publish.
+
+1. `data.py` gives the step's tasks; `store.py` opens `group_size` rollouts of each.
+2. Workers lease the rollouts over HTTP; their model calls are sampled by the engine and recorded in the store.
+3. When every rollout has ended, its calls become rows and its reward an advantage within its group.
+4. The learner updates, the engine gets the new weights, and every so often a checkpoint and an evaluation follow.
+
+A run that was killed goes on from its latest checkpoint: weights, optimizer, data position and history come from there,
+and whatever the store and the metrics hold of later steps is discarded first.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import threading
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from agent_lightning.exceptions import TrainingError
+from lightning_jax import data, metrics
+from lightning_jax.policy import Policy
+from lightning_jax.rl import advantages, trajectory
+from lightning_jax.store import RolloutEntry, RolloutRecord, Store
+
+_log = logging.getLogger(__name__)
+
+
+class StopFlag:
+    """Asks a job to end: after the step in hand (`request()`), or at once (`request(now=True)`)."""
+
+    def __init__(self):
+        self._after_step = threading.Event()
+        self._now = threading.Event()
+
+    def request(self, now: bool = False) -> None:
+        self._after_step.set()
+        if now:
+            self._now.set()
+
+    @property
+    def after_step(self) -> bool:
+        return self._after_step.is_set()
+
+    @property
+    def now(self) -> bool:
+        return self._now.is_set()
+
+
+class Stopped(Exception):
+    """The job was asked to end at once."""
+
+
+@dataclasses.dataclass
+class History:
+    """What a job has seen so far; saved in every checkpoint and returned as its result.
+
+    Attributes:
+        start_step: the policy's step before the job's first update.
+        train_rewards: mean reward of each update's rollouts.
+        test_rewards: [step, mean reward] of each evaluation.
+        time_s: seconds spent, over all restarts.
+        tokens: tokens sampled in training rollouts.
+        sample_s: seconds spent waiting for training rollouts.
+        logprob_diff: mean |sampler - learner| log-prob of the newest update.
+    """
+
+    start_step: int = 0
+    train_rewards: list[float] = dataclasses.field(default_factory=list)
+    test_rewards: list[list[float]] = dataclasses.field(default_factory=list)
+    time_s: float = 0.0
+    tokens: int = 0
+    sample_s: float = 0.0
+    logprob_diff: float = 0.0
+
+
+def run_job(
+    *, job_id: str, spec: dict, policy: Policy, store: Store, config: ml_collections.ConfigDict, stop: StopFlag
+):
+    """Runs a training or evaluation job to its end.
+
+    Args:
+        job_id: the job in `store`; its events tell whoever follows how far it is.
+        spec: kind ("train" or "evaluate"), data_id, and optionally epochs, batch_size (tasks per step), total_steps,
+            eval_interval, metadata, rollout_timeout (seconds), max_attempts. What is missing comes from `config`.
+        policy: trained in place.
+        stop: asks it to end early; a training job then saves a checkpoint first unless it must end now.
+
+    Returns:
+        The result as `result.json` holds it; for an evaluation, the mean reward and what it is made of.
+
+    Raises:
+        TrainingError: more than half of a step's rollouts failed; it carries the first one's traceback.
+        Stopped: asked to end at once.
+    """
+    run = _Run(job_id, spec, policy, store, config, stop)
+    return run.train() if spec["kind"] == "train" else run.evaluate_only()
+
+
+class _Run:
+    """One job: what its steps share."""
+
+    def __init__(self, job_id, spec, policy, store, config, stop):
+        self.job_id, self.spec, self.policy, self.store, self.config, self.stop = (
+            job_id,
+            spec,
+            policy,
+            store,
+            config,
+            stop,
+        )
+        self.workdir = pathlib.Path(config.workdir)
+        self.data_id = spec["data_id"]
+        self.history = History(start_step=policy.step)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        config, policy = self.config, self.policy
+        policy.prepare_training()
+        tasks_per_step = self.spec.get("batch_size") or config.runtime.batch_size // config.algorithm.group_size
+        epochs = self.spec.get("epochs") or config.runtime.epochs
+        batches_per_epoch = data.num_batches(self.store.num_tasks(self.data_id, "train"), tasks_per_step, 1)
+        total_steps = self.spec.get("total_steps") or config.runtime.total_steps
+        if total_steps:
+            epochs = -(-total_steps // batches_per_epoch)
+        total_steps = total_steps or epochs * batches_per_epoch
+        tasks = data.task_batches(self.store, self.data_id, tasks_per_step, epochs, config.seed)
+
+        with metrics.MetricsWriter(
+            self.workdir,
+            tensorboard=config.logging.tensorboard,
+            wandb_project=config.logging.wandb_project,
+            config=config.to_dict(),
+        ) as writer:
+            self._resume(tasks, writer)
+            clock = _Clock(self.history.time_s)
+            first, last = self.history.start_step, self.history.start_step + total_steps
+            self.store.update_job(self.job_id, step=policy.step - first, total_steps=total_steps)
+            if policy.step == first and not self.history.test_rewards:
+                row = self._evaluate(policy.step)
+                if row and first == 0:
+                    writer.write(0, row)
+            while policy.step < last and not self.stop.after_step:
+                step = policy.step + 1
+                row = self._step(step, next(tasks))
+                if self._is_due(step - first, self._eval_interval(), total_steps):
+                    row |= self._evaluate(step)
+                self.history.time_s = clock.seconds()
+                row["time/total_s"] = self.history.time_s
+                writer.write(step, row)
+                self.store.update_job(self.job_id, step=step - first)
+                self.store.add_event(self.job_id, "step", step, row)
+                if self._is_due(step - first, config.runtime.checkpoint_interval, total_steps):
+                    self._checkpoint(step, tasks)
+            if self.stop.after_step and not self._has_checkpoint(policy.step):
+                self._checkpoint(policy.step, tasks)
+        return self._result()
+
+    def _resume(self, tasks, writer) -> None:
+        """Goes on behind the checkpoint that the policy was restored from, if this job made it; else from the start."""
+        saved = self.policy.restored
+        if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policy.step:
+            self.history = History(**saved["history"])
+            tasks.set_state(saved["tasks"])
+            kept = self.policy.step
+        else:
+            kept = self.policy.step if self.policy.step else -1
+        self.store.discard_after(self.job_id, kept)
+        writer.truncate_after(kept)
+
+    def _step(self, step: int, tasks: list[data.TaskItem]) -> dict[str, float]:
+        """One update; returns its metrics."""
+        start = time.monotonic()
+        records = self._rollouts(step, tasks, "train")
+        sampled = time.monotonic()
+
+        return_n = np.array([_total_reward(r) for r in records], np.float32)
+        group_n = np.array([r.group for r in records], np.int32)
+        trained_return_n = self._shuffled(return_n, step) if self.config.algorithm.shuffle_rewards else return_n
+        advantage_n = advantages.grpo_advantages(trained_return_n, group_n)
+        trained_n = advantages.trained_rollouts(trained_return_n, group_n)
+        rows = [
+            row for i, record in enumerate(records) if trained_n[i] for row in trajectory.build_rows(_calls(record), i)
+        ]
+        update = self.policy.update(rows, advantage_n)
+
+        sample_s, train_s = sampled - start, time.monotonic() - sampled
+        tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)
+        self.history.train_rewards.append(_mean(return_n))
+        self.history.tokens += tokens
+        self.history.sample_s += sample_s
+        self.history.logprob_diff = update.get("policy/sampler_learner_logprob_diff", self.history.logprob_diff)
+        return (
+            _rollout_metrics(records, return_n, group_n)
+            | update
+            | {
+                "time/sample_s": sample_s,
+                "time/train_s": train_s,
+                "sampler/tokens_per_s": tokens / sample_s,
+                "train/tokens_per_s": update["train/tokens"] / train_s,
+            }
+            | self.policy.sampler_metrics()
+        )
+
+    def _shuffled(self, return_n: np.ndarray, step: int) -> np.ndarray:
+        """The rewards dealt out anew among the step's surviving rollouts: the control that must not learn."""
+        survivor_n = np.flatnonzero(np.isfinite(return_n))
+        shuffled_n = return_n.copy()
+        shuffled_n[survivor_n] = return_n[np.random.default_rng((self.config.seed, step)).permutation(survivor_n)]
+        return shuffled_n
+
+    def _checkpoint(self, step: int, tasks) -> None:
+        self.policy.save_checkpoint(
+            {
+                "job_id": self.job_id,
+                "step": step,
+                "history": dataclasses.asdict(self.history),
+                "tasks": tasks.get_state(),
+                "seed": self.config.seed,
+            }
+        )
+        self.store.add_event(
+            self.job_id, "checkpoint", step, {"path": str(self.workdir / "checkpoints" / f"step-{step}")}
+        )
+
+    def _has_checkpoint(self, step: int) -> bool:
+        return (self.workdir / "checkpoints" / f"step-{step}").exists()
+
+    def _eval_interval(self) -> int:
+        interval = self.spec.get("eval_interval")
+        return self.config.runtime.eval_interval if interval is None else interval
+
+    @staticmethod
+    def _is_due(step: int, interval: int, last: int) -> bool:
+        return step == last or (interval > 0 and step % interval == 0)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Mean reward on the held-out tasks with the current weights; nothing where there are none."""
+        records = self._evaluation_records(step)
+        if not records:
+            return {}
+        row = _evaluation_metrics(records)
+        self.history.test_rewards.append([step, row["eval/reward"]])
+        self.store.add_event(self.job_id, "evaluation", step, row)
+        return row
+
+    def _evaluation_records(self, step: int) -> list[RolloutRecord]:
+        splits = {info.split for info in self.store.dataset(self.data_id)}
+        if "test" not in splits:
+            return []
+        source = data.TaskSource(self.store, self.data_id, "test")
+        return self._rollouts(step, [source[i] for i in range(len(source))], "evaluate")
+
+    def evaluate_only(self) -> dict[str, Any]:
+        start = time.monotonic()
+        records = self._evaluation_records(self.policy.step)
+        if not records:
+            raise TrainingError("the dataset has no test split to evaluate on", hint="upload one with test_file=")
+        return {
+            "rewards": {r.task_id: r.reward and _total_reward(r) for r in records},
+            "total_time": time.monotonic() - start,
+            "step": self.policy.step,
+        } | {name.removeprefix("eval/"): value for name, value in _evaluation_metrics(records).items()}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Both
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _rollouts(self, step: int, tasks: list[data.TaskItem], mode: str) -> list[RolloutRecord]:
+        """Opens rollouts of these tasks and returns what became of them when workers have ended them all."""
+        samples = self.config.algorithm.group_size if mode == "train" else 1
+        entries = [
+            RolloutEntry(task_id=item.task_id, task_index=item.task_index, group=group, sample=sample, task=item.task)
+            for group, item in enumerate(tasks)
+            for sample in range(samples)
+        ]
+        rollout_ids = self.store.open_rollouts(
+            self.job_id,
+            step=step,
+            mode=mode,
+            entries=entries,
+            timeout_s=self.spec.get("rollout_timeout") or self.config.agent.rollout_timeout_s,
+            max_attempts=self.spec.get("max_attempts") or self.config.agent.max_attempts,
+            metadata=(self.spec.get("metadata") or {}) | {"policy_version": self.policy.version},
+            seed=self.config.seed,
+        )
+        self.store.add_event(self.job_id, f"{mode}_started", step, {"rollouts": len(rollout_ids)})
+        self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self.policy.error is not None)
+        if self.policy.error is not None:
+            raise TrainingError(f"the device failed: {self.policy.error}") from self.policy.error
+        if self.stop.now:
+            self.store.cancel_open(self.job_id)
+            raise Stopped(f"stopped in step {step}")
+        records = self.store.finished(rollout_ids)
+        failed = [record for record in records if record.status == "failed"]
+        for record in failed[:3]:
+            _log.warning(
+                "rollout %s of %s failed (%s): %s", record.rollout_id, record.task_id, record.cause, record.error
+            )
+        if 2 * len(failed) > len(records):
+            first = failed[0]
+            raise TrainingError(
+                f"{len(failed)} of {len(records)} rollouts of step {step} failed; the first ({first.task_id}): "
+                f"{first.cause}: {first.error}\n{first.traceback or ''}"
+            )
+        return records
+
+    def _result(self) -> dict[str, Any]:
+        """The job's result, also written to `result.json`."""
+        history, tests = self.history, self.history.test_rewards
+        result = {
+            "eval_reward_before": tests[0][1] if tests else None,
+            "eval_reward_after": tests[-1][1] if tests else None,
+            "final_reward": tests[-1][1] if tests else (history.train_rewards or [None])[-1],
+            "train_rewards": history.train_rewards,
+            "test_rewards": [reward for _, reward in tests],
+            "test_steps": [int(step) for step, _ in tests],
+            "checkpoints": [str(path) for path in self.policy.checkpoints()],
+            "total_steps": self.policy.step - history.start_step,
+            "total_time": history.time_s,
+            "sampler_learner_logprob_diff": history.logprob_diff,
+            "tokens_per_s": history.tokens / history.sample_s if history.sample_s else 0.0,
+        }
+        partial = self.workdir / "result.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(partial, self.workdir / "result.json")
+        return result
+
+
+class _Clock:
+    """Seconds since it was made, on top of what an earlier part of the run took."""
+
+    def __init__(self, seconds: float):
+        self._start = time.monotonic() - seconds
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _calls(record: RolloutRecord) -> list[trajectory.TokenCall]:
+    return [
+        trajectory.TokenCall(
+            call_id=call.index,
+            parent=call.parent,
+            prompt_ids=call.prompt_ids,
+            sampled_ids=call.sampled_ids,
+            logprobs=call.logprobs,
+            temperature=call.temperature,
+            policy_version=call.policy_version,
+            reward=call.reward,
+        )
+        for call in record.calls
+    ]
+
+
+def _total_reward(record: RolloutRecord) -> float:
+    """What the agent returned plus what its calls earned on the way; NaN for a failed rollout."""
+    return math.nan if record.reward is None else record.reward + sum(call.reward for call in record.calls)
+
+
+def _mean(value_n: np.ndarray) -> float:
+    """Mean over the finite values, in float64; NaN without any."""
+    finite_n = value_n[np.isfinite(value_n)].astype(np.float64)
+    return float(finite_n.mean()) if len(finite_n) else math.nan
+
+
+def _rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
+    finite_n = return_n[np.isfinite(return_n)].astype(np.float64)
+    spread_g = [np.ptp(return_n[group_n == g]) for g in np.unique(group_n)]  # NaN where a rollout failed
+    lengths = [len(call.sampled_ids) for record in records for call in record.calls]
+    truncated = [call.finish_reason == "length" for record in records for call in record.calls]
+    causes = collections.Counter(record.cause for record in records if record.status == "failed")
+    return {
+        "reward/mean": _mean(return_n),
+        "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
+        "reward/zero_variance_groups": float(np.mean([spread == 0 for spread in spread_g])),
+        "rollout/count": len(records),
+        "rollout/failed": sum(causes.values()),
+        "rollout/calls": len(lengths),
+        "completion/mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
+        "completion/max_tokens": max(lengths, default=0),
+        "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,
+    } | {f"rollout/failed_{cause}": count for cause, count in causes.items()}
+
+
+def _evaluation_metrics(records: list[RolloutRecord]) -> dict[str, float]:
+    reward_n = np.array([_total_reward(r) for r in records])
+    survivors = int(np.isfinite(reward_n).sum())
+    spread = float(np.nanstd(reward_n, ddof=1)) if survivors > 1 else 0.0
+    return {
+        "eval/reward": _mean(reward_n),
+        "eval/standard_error": spread / math.sqrt(max(survivors, 1)),
+        "eval/count": len(records),
+        "eval/failed": len(records) - survivors,
+    }
