@@ -12,7 +12,7 @@ from agent_lightning.exceptions import (
     ServerConnectionError,
     TrainingError,
 )
-from agent_lightning.types import Resource, Task, TrainingResult, Trajectory, Transition
+from agent_lightning.types import EvalResult, Resource, Task, TrainingResult, Trajectory, Transition
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "AgentLightningError",
     "Client",
     "DataUploadError",
+    "EvalResult",
     "InvalidConfigError",
     "Pool",
     "Resource",

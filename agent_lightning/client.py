@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from agent_lightning import dataset, settings
+from agent_lightning import dataset, exceptions, settings
 from agent_lightning.agent_source import pack_agent
 from agent_lightning.exceptions import (
     AgentLightningError,
@@ -21,7 +21,7 @@ from agent_lightning.exceptions import (
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
 from agent_lightning.transport import Transport
-from agent_lightning.types import TrainingResult
+from agent_lightning.types import EvalResult, TrainingResult
 
 WORKERS_PER_CORE = 4  # agents mostly wait for the model
 MOST_WORKERS = 64
@@ -77,7 +77,8 @@ class Client:
             ServerConnectionError: the server cannot be reached.
         """
         files = {"train": train_file} | ({"test": test_file} if test_file else {})
-        return self._upload(files, data_id)
+        self._data_id = self._upload(files, data_id)
+        return self._data_id
 
     def train(
         self,
@@ -126,6 +127,45 @@ class Client:
         job = self._run_job("training", spec, agent_func, choose_nworkers(nworkers))
         return _training_result(job)
 
+    def evaluate(
+        self,
+        agent_func: Callable | str,
+        test_file: str | None = None,
+        *,
+        nworkers: int = 4,
+        data_id: str | None = None,
+        metadata: dict | None = None,
+        rollout_timeout: float | None = None,
+    ) -> EvalResult:
+        """Runs an agent once on every test task with the server's current weights, which stay as they are.
+
+        Args:
+            agent_func: as for `train`.
+            test_file: tasks to upload for this; by default the test tasks of `data_id` or of this client's last upload.
+            nworkers, data_id, metadata, rollout_timeout: as for `train`.
+
+        Raises:
+            TrainingError: more than half of the rollouts failed, or the agent cannot be loaded.
+            DataUploadError, InvalidConfigError, ServerConnectionError: as `upload_data` and `train`.
+        """
+        spec = {
+            "kind": "evaluate",
+            "data_id": self._upload({"test": test_file}, None) if test_file else self._dataset(data_id),
+            "metadata": metadata,
+            "rollout_timeout": rollout_timeout,
+        }
+        job = self._run_job("evaluation", spec, agent_func, choose_nworkers(nworkers))
+        result = job["result"]
+        return EvalResult(
+            mean=_float(result["reward"]),
+            standard_error=_float(result["standard_error"]),
+            rewards=result["rewards"],
+            failures=result["failed"],
+            step=result["step"],
+            total_time=result["total_time"],
+            job_id=job["job_id"],
+        )
+
     def close(self) -> None:
         """Closes the connections to the server."""
         self._transport.close()
@@ -149,7 +189,6 @@ class Client:
                 )
             except OSError as error:
                 raise DataUploadError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
-        self._data_id = data_id
         return data_id
 
     def _dataset(self, data_id: str | None) -> str:
@@ -179,7 +218,7 @@ class Client:
             follower.join(EVENTS_WAIT_S)
         job = self._transport.request("GET", f"/api/jobs/{job_id}")
         if job["status"] == "failed":
-            raise TrainingError("\n".join(filter(None, [job.get("error"), job.get("traceback")])))
+            raise _job_error(job)
         if not job.get("result"):
             raise TrainingError(f"job {job_id} was stopped before it had a result")
         return job
@@ -256,18 +295,27 @@ def _at_least_one(**arguments: int) -> None:
             raise InvalidConfigError(f"{name}={value!r} is not a whole number from 1 on")
 
 
+def _job_error(job: dict) -> TrainingError:
+    """Why a job failed. An error of this project explains itself; for any other the server's traceback is needed."""
+    kind, _, message = (job.get("error") or "the server does not say why").partition(": ")
+    if message and issubclass(getattr(exceptions, kind, Exception), AgentLightningError):
+        return TrainingError(message)
+    return TrainingError("\n".join(filter(None, [job.get("error"), job.get("traceback")])))
+
+
 def _training_result(job: dict) -> TrainingResult:
     result = job["result"]
-
-    def numbers(values) -> list[float]:
-        return [math.nan if value is None else float(value) for value in values]
-
     return TrainingResult(
-        final_reward=numbers([result["final_reward"]])[0],
-        train_rewards=numbers(result["train_rewards"]),
-        test_rewards=numbers(result["test_rewards"]),
+        final_reward=_float(result["final_reward"]),
+        train_rewards=[_float(reward) for reward in result["train_rewards"]],
+        test_rewards=[_float(reward) for reward in result["test_rewards"]],
         checkpoints=list(result["checkpoints"]),
         total_steps=result["total_steps"],
         total_time=result["total_time"],
         job_id=job["job_id"],
     )
+
+
+def _float(value: float | None) -> float:
+    """JSON has no NaN: it arrives as null."""
+    return math.nan if value is None else float(value)

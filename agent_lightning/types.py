@@ -107,3 +107,32 @@ class TrainingResult:
             f"test_rewards={curve(self.test_rewards)}, total_steps={self.total_steps}, "
             f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]})"
         )
+
+
+@dataclass
+class EvalResult:
+    """What `Client.evaluate` returns.
+
+    Attributes:
+        mean: mean reward of the rollouts that succeeded.
+        standard_error: of that mean.
+        rewards: each task's reward by task id; None where the rollout failed.
+        failures: number of failed rollouts.
+        step: updates behind the weights that were evaluated.
+        total_time: seconds.
+        job_id: the job on the server.
+    """
+
+    mean: float
+    standard_error: float
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    failures: int = 0
+    step: int = 0
+    total_time: float = 0.0
+    job_id: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"EvalResult({self.mean:.4f} +- {self.standard_error:.4f}, {len(self.rewards)} tasks, "
+            f"{self.failures} failed, step {self.step}, {self.total_time:.1f} s)"
+        )

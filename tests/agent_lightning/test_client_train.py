@@ -72,6 +72,24 @@ def test_train(client, training, capfd):
     assert sum(line.startswith("held-out reward") for line in lines) == 3
 
 
+def test_evaluate(client, training, tmp_path):
+    result = client.evaluate(lambda resource, task: ask(resource, task) * 0 + len(task.question), nworkers=1)
+    assert (result.mean, result.standard_error, result.failures) == (5.0, 0.0, 0)
+    assert list(result.rewards.values()) == [5.0]
+    (tmp_path / "other.jsonl").write_text('{"question": "1"}\n{"question": "22"}\n{"question": "333"}\n')
+
+    def agent(resource, task):
+        assert resource.metadata["mode"] == "evaluate"
+        if task.question == "22":
+            raise ValueError("not this one")
+        return len(task.question)
+
+    result = client.evaluate(agent, str(tmp_path / "other.jsonl"), nworkers=2)
+    assert (result.mean, result.failures) == (2.0, 1)
+    assert result.standard_error == pytest.approx(1.0)  # of 1 and 3: sqrt(2) / sqrt(2)
+    assert list(result.rewards.values()) == [1.0, None, 3.0]
+
+
 def test_an_agent_that_always_fails(client):
     def agent(resource, task):
         raise ZeroDivisionError("the agent's own mistake")
@@ -118,7 +136,7 @@ def script(client, training, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
-        wait_until(lambda: written_pids(folder))
+        wait_until(lambda: written_pids(folder), timeout_s=120)
         return started[-1], folder
 
     yield start
@@ -130,7 +148,7 @@ def script(client, training, tmp_path):
 def test_ctrl_c_once_ends_after_the_step_with_a_checkpoint(script, training):
     process, folder = script(0.0)
     job_id = training[1].jobs()[-1]["job_id"]
-    wait_until(lambda: training[1].job(job_id)["step"] >= 2)
+    wait_until(lambda: training[1].job(job_id)["step"] >= 2, timeout_s=300)  # it may have to compile
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
