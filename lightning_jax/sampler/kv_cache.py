@@ -1,9 +1,9 @@
 """Keys and values in pages, and attention over them.
 
 Each layer has its own page arrays, [P, page_size, K, h]; page 0 is scratch, where writes of padding go. A prefill
-writes its keys to the pages and then reads them back block by block. A decode round gathers its rows' pages once into
-a dense copy whose layout suits the matrix unit, appends to that copy at every step, and writes what is new to the pages
-at the end: pages are read once per round instead of once per step.
+writes its keys to the pages and then reads them back block by block. Decoding does the same at every step or, where
+there is memory for it, keeps a dense copy of its rows that suits the matrix unit: a row is loaded from its pages when
+it begins to decode, each step appends to the copy, and each round writes what is new to the pages.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Pages(NamedTuple):
 class Dense(NamedTuple):
     """One layer's keys and values of a decode round's rows, by position."""
 
-    k: jax.Array  # [B, K, h, S]
+    k: jax.Array  # [B, K, S, h]
     v: jax.Array  # [B, K, S, h]
 
 
@@ -115,6 +115,9 @@ def prefill_attention(
 def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Attend:
     """Attention of one token of each row over the dense copy, which the token is added to.
 
+    The arithmetic is `prefill_attention`'s, block for block, so that both give the same to the last bit where the
+    matrix products do.
+
     Args:
         position_b: [B] int32, each token's position in its row. A row that has stopped may be one past the copy; its
             write is dropped.
@@ -127,17 +130,59 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
 
     def attend(q_btkgh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, dense: Dense) -> tuple[jax.Array, Dense]:
         dense = Dense(
-            dense.k.at[row_b, :, :, position_b].set(k_btkh[:, 0].astype(dense.k.dtype), mode="drop"),
+            dense.k.at[row_b, :, position_b].set(k_btkh[:, 0].astype(dense.k.dtype), mode="drop"),
             dense.v.at[row_b, :, position_b].set(v_btkh[:, 0].astype(dense.v.dtype), mode="drop"),
         )
-        key_s = jnp.arange(dense.k.shape[-1], dtype=jnp.int32)
-        mask_bts = _mask(position_b[:, None], key_s, sliding_window)
+        b, k, length, h = dense.k.shape
+        block = min(length, BLOCK_TOKENS)
+        blocks = length // block
+        mask_bts = _mask(position_b[:, None], jnp.arange(length, dtype=jnp.int32), sliding_window)
         score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
-        weight_bkgts = jnp.exp(score_bkgts - jnp.max(score_bkgts, axis=-1, keepdims=True))
-        out_bkgth = _weighted(weight_bkgts, dense.v) / jnp.sum(weight_bkgts, axis=-1)[..., None]
-        return jnp.moveaxis(out_bkgth, 3, 1), dense
+        score_bkgns = score_bkgts.reshape(b, k, -1, blocks, block)
+        max_bkgn = jax.lax.cummax(jnp.max(score_bkgns, axis=-1), axis=3)
+        weight_bkgns = jnp.exp(score_bkgns - max_bkgn[..., None])
+        sum_bkgn = jnp.sum(weight_bkgns, axis=-1)
+        # Each block is one more entry of the batch: no slice of the values is copied.
+        weight_bxgns = jnp.moveaxis(weight_bkgns, 3, 2).reshape(b, k * blocks, -1, 1, block)
+        out_bxgth = _weighted(weight_bxgns, dense.v.reshape(b, k * blocks, block, h))
+        out_bkngh = out_bxgth.reshape(b, k, blocks, -1, h)
+
+        out_bkgh, sum_bkg = out_bkngh[:, :, 0], sum_bkgn[..., 0]
+        if blocks > 1:
+            scale_bkgn = jnp.exp(max_bkgn[..., :-1] - max_bkgn[..., 1:])
+
+            def merge(n: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                scale_bkg = scale_bkgn[..., n - 1]
+                return carry[0] * scale_bkg[..., None] + out_bkngh[:, :, n], carry[1] * scale_bkg + sum_bkgn[..., n]
+
+            out_bkgh, sum_bkg = jax.lax.fori_loop(1, blocks, merge, (out_bkgh, sum_bkg))
+        return (out_bkgh / sum_bkg[..., None])[:, None], dense
 
     return attend
+
+
+def init_dense(
+    config: LlamaConfig, rows: int, length: int, dtype: jnp.dtype, device: jax.sharding.Sharding | None = None
+) -> list[Dense]:
+    """An empty dense copy for every layer."""
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    return [
+        Dense(jnp.zeros(shape, dtype, device=device), jnp.zeros(shape, dtype, device=device))
+        for _ in range(config.num_layers)
+    ]
+
+
+def load(pages: Pages, dense: Dense, page_table_bp: jax.Array, load_b: jax.Array) -> Dense:
+    """Copies the pages of some rows into the dense copy; `load_b` begins with their indices and goes on with -1."""
+
+    def row(i: jax.Array, dense: Dense) -> Dense:
+        new = gather(pages, page_table_bp[load_b[i]][None])
+        return Dense(
+            jax.lax.dynamic_update_slice_in_dim(dense.k, new.k, load_b[i], axis=0),
+            jax.lax.dynamic_update_slice_in_dim(dense.v, new.v, load_b[i], axis=0),
+        )
+
+    return jax.lax.fori_loop(0, jnp.sum(load_b >= 0), row, dense)
 
 
 def gather(pages: Pages, page_table_bp: jax.Array) -> Dense:
@@ -146,7 +191,7 @@ def gather(pages: Pages, page_table_bp: jax.Array) -> Dense:
     _, page_size, k, h = pages.k.shape
     k_bskh = pages.k.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
     v_bskh = pages.v.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
-    return Dense(jnp.transpose(k_bskh, (0, 2, 3, 1)), jnp.transpose(v_bskh, (0, 2, 1, 3)))
+    return Dense(k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2))
 
 
 def write_back(
@@ -157,7 +202,7 @@ def write_back(
     inside_bt = valid_b[:, None] & (position_bt < dense.v.shape[2])
     index_bt = jnp.minimum(position_bt, dense.v.shape[2] - 1)
     row_b1 = jnp.arange(position_b.shape[0])[:, None]
-    k_btkh = dense.k.at[row_b1, :, :, index_bt].get(mode="promise_in_bounds")
+    k_btkh = dense.k.at[row_b1, :, index_bt].get(mode="promise_in_bounds")
     v_btkh = dense.v.at[row_b1, :, index_bt].get(mode="promise_in_bounds")
     return write(pages, page_table_bp, position_bt, inside_bt, k_btkh, v_btkh)
 
@@ -170,10 +215,15 @@ def _mask(position_bt: jax.Array, key_s: jax.Array, sliding_window: int | None) 
     return mask_bts
 
 
-def _scores(q_btkgh: jax.Array, k_bkhs: jax.Array) -> jax.Array:
+def _scores(q_btkgh: jax.Array, k_bksh: jax.Array) -> jax.Array:
     """Scaled dot products, [B, K, G, T, S] float32."""
-    score_bkgts = jnp.einsum("btkgh,bkhs->bkgts", q_btkgh, k_bkhs, preferred_element_type=jnp.float32)
-    return score_bkgts * q_btkgh.shape[-1] ** -0.5
+    b, t, k, g, h = q_btkgh.shape
+    q_bkxh = jnp.moveaxis(q_btkgh, 1, 3).reshape(b, k, g * t, h)
+    # Keys on the left, and a barrier so that it stays so: XLA's CPU kernels take more than twice as long the other way.
+    score_bksx = jax.lax.optimization_barrier(
+        jax.lax.dot_general(k_bksh, q_bkxh, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    )
+    return score_bksx.swapaxes(2, 3).reshape(b, k, g, t, -1) * h**-0.5
 
 
 def _weighted(weight_bkgts: jax.Array, v_bksh: jax.Array) -> jax.Array:

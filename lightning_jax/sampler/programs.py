@@ -13,7 +13,7 @@ import numpy as np
 from lightning_jax.model import llama
 from lightning_jax.model.llama import LlamaConfig
 from lightning_jax.sampler import kv_cache, sampling
-from lightning_jax.sampler.request import MAX_STOP_IDS
+from lightning_jax.sampler.request import MAX_STOP_IDS, SamplingParams
 
 # Columns of a slot's state. The token at `POSITION` has been sampled but not been fed to the model.
 TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, STOP = range(10)
@@ -76,63 +76,85 @@ def prefill(
     return pages, state.at[control[:, SLOT]].set(rows, mode="promise_in_bounds")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("pages", "state"))
+@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("pages", "dense", "state"))
 def decode(
     params: llama.Params,
     pages: list[kv_cache.Pages],
+    dense: list[kv_cache.Dense] | None,
     state: jax.Array,
     control: jax.Array,
     *,
     config: LlamaConfig,
     steps: int,
-) -> tuple[list[kv_cache.Pages], jax.Array, jax.Array]:
+) -> tuple[list[kv_cache.Pages], list[kv_cache.Dense] | None, jax.Array, jax.Array]:
     """Samples up to `steps` tokens for each row, or until every row has stopped.
 
     Args:
         params: as `prepare_params` makes them.
-        pages, state: donated.
-        control: [B, 1 + P] int32, the row's slot and its page table, which covers the positions of this round.
+        pages, dense, state: donated. Without `dense` attention reads the pages.
+        control: [B, 2 + P] int32, the row's slot, the rows to load into `dense` (see `kv_cache.load`), and the row's
+            page table, which covers the positions of this round and has the length of `dense`.
 
     Returns:
-        The new pages and state, and what was sampled: [B, 2 * (1 + steps)] int32, first the ids, then the log-probs'
-        bits. The first of each is the token that the round began with; ids are -1 after a row has stopped.
+        The new pages, dense copy and state, and what was sampled: [B, 2 * (1 + steps)] int32, first the ids, then the
+        log-probs' bits. The first of each is the token that the round began with; ids are -1 after a row has stopped.
     """
-    slot_b, page_table_bp = control[:, 0], control[:, 1:]
+    slot_b, load_b, page_table_bp = control[:, 0], control[:, 1], control[:, 2:]
     rows = state.at[slot_b].get(mode="promise_in_bounds")
     start_b = rows[:, POSITION]
     noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32))
 
     def step(carry):
-        i, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt = carry
-        attend = kv_cache.decode_attention(position_b, config.sliding_window)
-        x_btd, dense = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, dense)
+        i, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt = carry
+        active_b = remaining_b > 0
+        if dense is None:
+            attend = kv_cache.prefill_attention(
+                page_table_bp, position_b[:, None], active_b[:, None], config.sliding_window
+            )
+        else:
+            attend = kv_cache.decode_attention(position_b, config.sliding_window)
+        x_btd, cache = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, cache)
         logits_bv = llama.unembed(params, config, x_btd[:, 0])
         noise_b = jax.lax.dynamic_index_in_dim(noise_bt, i, axis=1, keepdims=False)
         sampled_b, logprob_b = _sample(logits_bv, rows, noise_b)
-        active_b = remaining_b > 0
         tokens_bt = tokens_bt.at[:, i].set(jnp.where(active_b, sampled_b, -1))
         logprobs_bt = logprobs_bt.at[:, i].set(logprob_b)
         token_b = jnp.where(active_b, sampled_b, token_b)
         position_b = position_b + active_b
         remaining_b = jnp.where(active_b & ~_stops(sampled_b, rows), remaining_b - 1, 0)
-        return i + 1, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt
+        return i + 1, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt
 
+    cache = pages
+    if dense is not None:
+        cache = [kv_cache.load(*layer, page_table_bp, load_b) for layer in zip(pages, dense, strict=True)]
     shape = (slot_b.shape[0], steps)
-    dense = [kv_cache.gather(layer, page_table_bp) for layer in pages]
-    carry = (0, rows[:, TOKEN], start_b, rows[:, REMAINING], dense)
+    carry = (0, rows[:, TOKEN], start_b, rows[:, REMAINING], cache)
     carry += (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
     carry = jax.lax.while_loop(lambda carry: (carry[0] < steps) & jnp.any(carry[3] > 0), step, carry)
-    _, token_b, position_b, remaining_b, dense, tokens_bt, logprobs_bt = carry
+    _, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt = carry
 
-    valid_b = rows[:, REMAINING] > 0
-    pages = [
-        kv_cache.write_back(layer, dense_layer, page_table_bp, start_b, valid_b, steps)
-        for layer, dense_layer in zip(pages, dense, strict=True)
-    ]
+    if dense is None:
+        pages = cache
+    else:
+        dense, valid_b = cache, rows[:, REMAINING] > 0
+        pages = [
+            kv_cache.write_back(*layer, page_table_bp, start_b, valid_b, steps)
+            for layer in zip(pages, dense, strict=True)
+        ]
     known_b3 = jnp.stack([token_b, position_b, remaining_b], axis=-1)
     state = state.at[slot_b].set(jnp.concatenate([known_b3, rows[:, LOGPROB:]], axis=-1), mode="promise_in_bounds")
     sampled = [rows[:, TOKEN, None], tokens_bt, rows[:, LOGPROB, None], _bits(logprobs_bt)]
-    return pages, state, jnp.concatenate(sampled, axis=-1)
+    return pages, dense, state, jnp.concatenate(sampled, axis=-1)
+
+
+def sampling_columns(sampling: SamplingParams, stop_ids: tuple[int, ...]) -> np.ndarray:
+    """The columns from `TOP_K` on, [STATE_WIDTH - TOP_K] int32."""
+    columns = np.full(STATE_WIDTH, -1, np.int32)
+    columns[TOP_K] = min(sampling.top_k, np.iinfo(np.int32).max)
+    columns[KEY_0 : KEY_1 + 1] = np.asarray(sampling.noise_key, np.uint32).view(np.int32)
+    columns[TEMPERATURE : TOP_P + 1] = np.asarray([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
+    columns[STOP : STOP + len(stop_ids)] = stop_ids
+    return columns[TOP_K:]
 
 
 def read_sampled(sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,222 @@
+"""What lives on the device, and the dispatches: the scheduler's plans become arrays here.
+
+Nothing in this file waits for the device.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightning_jax import mesh as mesh_lib
+from lightning_jax.model.llama import LlamaConfig, Params
+from lightning_jax.sampler import kv_cache, programs
+from lightning_jax.sampler.scheduler import PrefillBatch, Sequence
+
+
+@dataclasses.dataclass
+class _Workspace:
+    """The dense copy that decode rounds work on (see `kv_cache`), and whose keys and values its rows hold.
+
+    Attributes:
+        shape: rows, and pages per row.
+        arrays: None where decoding reads the pages themselves.
+        members: row of each admission (`Sequence.admitted_at`) that has one.
+    """
+
+    shape: tuple[int, int] = (0, 0)
+    arrays: list[kv_cache.Dense] | None = None
+    members: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def seat(self, members: list[Sequence]) -> tuple[list[int], list[int]]:
+        """Gives every member a row, its old one if it has one. Returns their rows, and the rows that must be loaded."""
+        kept = {m.admitted_at: self.members[m.admitted_at] for m in members if m.admitted_at in self.members}
+        free = iter(sorted(set(range(self.shape[0])).difference(kept.values())))
+        self.members = {m.admitted_at: kept[m.admitted_at] if m.admitted_at in kept else next(free) for m in members}
+        loads = [row for admission, row in self.members.items() if admission not in kept]
+        return list(self.members.values()), loads
+
+
+class Executor:
+    """Weights, pages and slot state on the device, and the programs that advance them.
+
+    Args:
+        config, max_slots, page_size, num_pages, max_seq_len, decode_steps, prefill_chunk, dtype, row_floor, mesh: as in
+            `Engine`.
+        page_table: [max_slots, P] int32, the scheduler's; read at each dispatch.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        max_slots: int,
+        page_size: int,
+        num_pages: int,
+        max_seq_len: int,
+        decode_steps: int,
+        prefill_shapes: list[tuple[int, int]],
+        dtype: jnp.dtype,
+        row_floor: int,
+        mesh: jax.sharding.Mesh | None,
+        page_table: np.ndarray,
+    ):
+        self._config = config
+        self._max_slots = max_slots
+        self._page_size = page_size
+        self._decode_steps = decode_steps
+        self._dtype = jnp.dtype(dtype)
+        self._mesh = mesh
+        self._page_table = page_table
+        self._prefill_shapes = prefill_shapes
+        batch_sizes = multiples(row_floor, max(row_floor, power_of_two(max_slots)), 2)
+        self._decode_shapes = _decode_shapes(batch_sizes, page_size, num_pages, max_seq_len)
+        page_axes = (num_pages, page_size, config.num_kv_heads, config.head_dim), (None, None, "kv_heads", None)
+        self._pages = kv_cache.init_pages(config, num_pages, page_size, self._dtype, self._sharding(*page_axes))
+        self._state = programs.init_state(max_slots, self._sharding((), ()))
+        self._workspace = _Workspace()
+        self._params: Params = {}
+
+    def publish(self, params: Params) -> None:
+        """Copies stacked master weights; programs dispatched from now on use them."""
+        with self._device():
+            self._params = programs.prepare_params(params, self._dtype)
+
+    def prefill(self, batch: PrefillBatch) -> None:
+        """Dispatches one prefill."""
+        width, chunk = programs.STATE_WIDTH, batch.chunk
+        control = np.zeros((batch.rows, width + chunk + self._page_table.shape[1]), np.int32)
+        control[:, programs.SLOT] = self._max_slots
+        for row, (sequence, start, length) in zip(control, batch.items, strict=False):
+            if start + length == sequence.target:
+                row[programs.SLOT] = sequence.slot
+            row[programs.START], row[programs.LENGTH] = start, length
+            row[programs.ROOM] = sequence.limit - sequence.target
+            row[programs.TOP_K : width] = sequence.sampling_columns
+            row[width : width + length] = sequence.tokens[start : start + length]
+            row[width + chunk :] = self._page_table[sequence.slot]
+        self._run_prefill(control, chunk)
+
+    def decode(self, members: list[Sequence]) -> tuple[jax.Array, list[int]]:
+        """Dispatches one decode round. Returns what `programs.decode` sampled, and each member's row in it."""
+        longest = max(len(sequence.pages) for sequence in members)
+        rows, width = next(shape for shape in self._decode_shapes if shape[0] >= len(members) and shape[1] >= longest)
+        self._use_workspace(rows, width)
+        seats, loads = self._workspace.seat(members)
+        slots = [sequence.slot for sequence in members]
+        table = self._page_table[slots, :width]
+        control = np.zeros((rows, 2 + width), np.int32)
+        control[:, 0] = self._max_slots
+        control[seats, 0] = slots
+        control[:, 1] = -1
+        control[: len(loads), 1] = loads
+        control[seats, 2 : 2 + table.shape[1]] = table
+        sampled = self._run_decode(control)
+        sampled.copy_to_host_async()
+        return sampled, seats
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles, or loads from the compilation cache, every program that a plan can need."""
+        total = len(self._prefill_shapes) + len(self._decode_shapes)
+        for done, (rows, chunk) in enumerate(self._prefill_shapes, 1):
+            control = np.zeros((rows, programs.STATE_WIDTH + chunk + self._page_table.shape[1]), np.int32)
+            control[:, programs.SLOT] = self._max_slots
+            self._run_prefill(control, chunk)
+            if progress is not None:
+                progress(done, total)
+        for done, (rows, width) in enumerate(self._decode_shapes, len(self._prefill_shapes) + 1):
+            control = np.full((rows, 2 + width), -1, np.int32)
+            control[:, 0] = self._max_slots
+            control[:, 2:] = 0
+            self._use_workspace(rows, width)
+            self._run_decode(control)
+            if progress is not None:
+                progress(done, total)
+
+    def _run_prefill(self, control: np.ndarray, chunk: int) -> None:
+        with self._device():
+            self._pages, self._state = programs.prefill(
+                self._params, self._pages, self._state, control, config=self._config, chunk=chunk
+            )
+
+    def _run_decode(self, control: np.ndarray) -> jax.Array:
+        arrays = self._workspace.arrays
+        with self._device():
+            self._pages, self._workspace.arrays, self._state, sampled = programs.decode(
+                self._params,
+                self._pages,
+                arrays,
+                self._state,
+                control,
+                config=self._config,
+                steps=self._decode_steps,
+            )
+        return sampled
+
+    def _use_workspace(self, rows: int, width: int) -> None:
+        """Makes the workspace one of this shape; what another held is dropped."""
+        if self._workspace.shape == (rows, width):
+            return
+        self._workspace = _Workspace((rows, width))  # the old arrays are freed before new ones are made
+        if self._decode_shapes[rows, width]:
+            length, k, h = width * self._page_size, self._config.num_kv_heads, self._config.head_dim
+            sharding = self._sharding((rows, k, length, h), (None, "kv_heads", None, None))
+            self._workspace.arrays = kv_cache.init_dense(self._config, rows, length, self._dtype, sharding)
+
+    def _device(self) -> Any:
+        """Inside it the mesh is current."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.sharding.Sharding | None:
+        if self._mesh is None:
+            return None
+        return jax.sharding.NamedSharding(self._mesh, mesh_lib.partition_spec(self._mesh, shape, axes))
+
+
+def prefill_shapes(prefill_chunk: int, page_size: int, max_slots: int, row_floor: int) -> list[tuple[int, int]]:
+    """(rows, chunk) of the prefill programs: for each length of chunk one for little work and one for much."""
+    shapes = []
+    for chunk in multiples(page_size, prefill_chunk, 4):
+        few = max(1, row_floor // chunk)
+        many = max(few, min(power_of_two(max_slots), 4 * prefill_chunk // chunk))
+        shapes += sorted({(few, chunk), (many, chunk)})
+    return shapes
+
+
+def _decode_shapes(
+    batch_sizes: list[int], page_size: int, num_pages: int, max_seq_len: int
+) -> dict[tuple[int, int], bool]:
+    """(rows, pages per row) of the decode programs, smallest first, and whether each works on a dense copy.
+
+    The copy pays on CPU. It must not be larger than all pages together; where it would be, the pages are read, by one
+    program for all lengths.
+    """
+    block = max(kv_cache.BLOCK_TOKENS, page_size)
+    longest = -(-max_seq_len // block) * block
+    lengths = [length for length in (64, 128, 256, *(4**i for i in range(5, 12))) if length >= page_size]
+    widths = [length // page_size for length in [*(length for length in lengths if length < longest), longest]]
+    shapes: dict[tuple[int, int], bool] = {}
+    for rows in batch_sizes:
+        dense = [width for width in widths if jax.default_backend() == "cpu" and rows * width <= num_pages]
+        shapes |= {(rows, width): True for width in dense}
+        if dense != widths:
+            shapes[rows, -(-max_seq_len // page_size)] = False
+    return shapes
+
+
+def multiples(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below last, and last."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= factor
+    return [*sizes, last]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
