@@ -27,24 +27,23 @@ _STEP = re.compile(r"step-([0-9]+)")
 _TEMPORARY = "tmp."
 
 
-def save(path: str | os.PathLike, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None) -> None:
-    """Writes a checkpoint, makes it the latest, and then removes the oldest ones. One writer per folder.
+def save(
+    folder: str | os.PathLike, step: int, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None
+) -> Path:
+    """Writes `folder/step-N`, makes it the latest, and then removes the oldest ones. One writer per folder.
 
     Args:
-        path: `FOLDER/step-N`; the folder is made if it is not there, an existing checkpoint is replaced.
+        folder: made if it is not there.
+        step: N, of the training loop; an existing checkpoint of this step is replaced.
         state: the learner's.
         extra: anything JSON.
-        max_to_keep: how many checkpoints to leave in the folder, this one included; None for all.
+        max_to_keep: how many checkpoints to leave, this one included; None for all. The disk needs room for one more.
 
     Raises:
         TrainingError: it could not be written (a full disk, most often). Older checkpoints are as they were.
-        ValueError: the path does not end in `step-N`.
     """
-    final = Path(path).absolute()
-    if not _STEP.fullmatch(final.name):
-        raise ValueError(f"a checkpoint is named step-N, not {final.name}")
-    folder = final.parent
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+    folder = Path(folder).absolute()
+    final, temporary = folder / f"step-{step}", folder / f"{_TEMPORARY}step-{step}"
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
@@ -66,6 +65,7 @@ def save(path: str | os.PathLike, state: TrainState, extra: dict[str, Any], *, m
             f"could not write checkpoint {final}: {error}",
             hint=f"{_free_space(folder)}; the newest whole checkpoint is {whole or 'none'}",
         ) from error
+    return final
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -100,8 +100,10 @@ def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainS
     Raises:
         InvalidConfigError: there is no checkpoint, or it is another model's or optimizer's.
     """
+    found = _find(path)
+    _check_shapes(found, abstract_state.params)
     items = _restore(
-        path,
+        found,
         params=ocp.args.StandardRestore(abstract_state.params),
         optimizer=ocp.args.StandardRestore({"opt_state": abstract_state.opt_state, "step": abstract_state.step}),
         extra=ocp.args.JsonRestore(),
@@ -111,26 +113,49 @@ def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainS
 
 def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
     """Reads the parameters alone, in the dtypes and shardings of a tree of `jax.ShapeDtypeStruct`; see `restore`."""
-    return _restore(path, params=ocp.args.StandardRestore(abstract_params)).params
+    found = _find(path)
+    _check_shapes(found, abstract_params)
+    return _restore(found, params=ocp.args.StandardRestore(abstract_params)).params
 
 
 def read_extra(path: str | os.PathLike) -> dict[str, Any]:
     """Reads `extra` alone; see `restore`."""
-    return _restore(path, extra=ocp.args.JsonRestore()).extra
+    return _restore(_find(path), extra=ocp.args.JsonRestore()).extra
 
 
-def _restore(path: str | os.PathLike, **items: Any) -> Any:
+def _find(path: str | os.PathLike) -> Path:
+    """The checkpoint that a path names: itself, the one it links to, or the newest in that folder."""
     path = Path(path).absolute()
     found = path.resolve() if _STEP.fullmatch(path.resolve().name) and path.is_dir() else latest(path)
     if found is None:
         raise InvalidConfigError(f"there is no checkpoint at {path}", hint="give a step-N folder or the one above it")
+    return found
+
+
+def _check_shapes(found: Path, abstract_params: Any) -> None:
+    """Raises where another model's parameters are stored; Orbax would say so too, but only in the middle of reading."""
+
+    def shapes(tree: Any) -> set[tuple[str, tuple[int, ...]]]:
+        return {(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+    stored = shapes(ocp.StandardCheckpointHandler().metadata(found / "params").tree)
+    wanted = shapes(abstract_params)
+    if stored != wanted:
+        raise InvalidConfigError(
+            f"checkpoint {found} is another model's: it holds {sorted(stored - wanted)[:3]} where this model has "
+            f"{sorted(wanted - stored)[:3]}",
+            hint="resume with the model it was made with, or choose another workdir",
+        )
+
+
+def _restore(found: Path, **items: Any) -> Any:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(found, args=ocp.args.Composite(**items))
     except (ValueError, KeyError) as error:
         raise InvalidConfigError(
-            f"checkpoint {found} does not fit this model and optimizer: {error}",
-            hint="resume with the settings it was made with, or choose another workdir",
+            f"checkpoint {found} cannot be restored: {error}",
+            hint="resume with the optimizer settings it was made with, or choose another workdir",
         ) from error
 
 
