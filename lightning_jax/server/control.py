@@ -14,11 +14,11 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
+from agent_lightning.exceptions import AgentLightningError, DataUploadError, InvalidConfigError
 from lightning_jax import training
 from lightning_jax.policy import Policy
 from lightning_jax.server import wire
-from lightning_jax.store import ENDED_JOB, DataError, Store, UnknownError, is_idle
+from lightning_jax.store import ENDED_JOB, DataError, Store, StoreError, UnknownError, is_idle
 
 _log = logging.getLogger(__name__)
 
@@ -224,8 +224,10 @@ async def put_dataset(request: Request, data_id: str, split: str) -> Response:
                 piece.clear()
         await run_in_threadpool(upload.feed, bytes(piece))
         info = await run_in_threadpool(upload.finish)
-    except BaseException:  # a wrong line, a client that went away, a server that ends
+    except BaseException as error:  # a wrong line, a full disk, a client that went away, a server that ends
         await asyncio.shield(run_in_threadpool(upload.discard))
+        if isinstance(error, StoreError):
+            raise DataUploadError(f"the upload could not be stored: {error}") from error
         raise
     return wire.json_response({"data_id": data_id, "split": split, "num_tasks": info.num_tasks})
 
@@ -310,7 +312,7 @@ async def _until(request: Request, wait_s: float, condition: Callable[[], bool])
         left = deadline - loop.time()
         if left <= 0 or request.app.state.closing():
             return False
-        await pulse.wait(count, min(left, 5.0))
+        await pulse.wait(count, min(left, 1.0))
 
 
 def _ended(store: Store, job_id: str) -> bool:
@@ -325,6 +327,8 @@ def error_response(error: AgentLightningError) -> Response:
     if isinstance(error, DataError):
         content |= {"type": "DataUploadError", "line": error.line}
         status = 422
+    elif isinstance(error, StoreError):
+        status = 500
     elif isinstance(error, UnknownError):
         content["type"] = "InvalidConfigError"
         status = 404

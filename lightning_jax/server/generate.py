@@ -7,6 +7,7 @@ import array
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -162,9 +163,17 @@ class Generator:
             text = f"the prompt has {len(prompt.ids)} tokens, which fills the context of {self.policy.max_seq_len}"
             raise ApiError(text, kind="context_length", param="messages")
         indices = [self._store.next_call_index(attempt) if attempt else 0 for _ in range(request.n)]
-        name = self._noise_name(request, attempt, prompt.ids)
+        digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16).digest()
+        taken = attempt.prompts.setdefault(digest, set()) if attempt else set()
+        occurrence = next(number for number in itertools.count() if number not in taken)
+        name = (*self._noise_name(request, attempt), digest.hex(), occurrence)
         sampling = [self._sampling(request, attempt, room, noise_key(*name, i)) for i in range(request.n)]
-        completions = await self._sample(request, attempt, prompt.ids, sampling, disconnected)
+        taken.add(occurrence)
+        try:
+            completions = await self._sample(request, attempt, prompt.ids, sampling, disconnected)
+        except BaseException:
+            taken.discard(occurrence)  # a refused call that is sent again is the same call
+            raise
         choices = [self._choice(request, name, i, completion) for i, completion in enumerate(completions)]
         if attempt is not None:
             parent = None if prompt.parent is None else attempt.calls[prompt.parent].index
@@ -223,17 +232,14 @@ class Generator:
                 ", ".join(ignored),
             )
 
-    def _noise_name(self, request: GenerateRequest, attempt: Attempt | None, prompt_ids: list[int]) -> tuple:
-        """What the noise depends on. A call is told from its rollout's others by its prompt, not by its arrival."""
-        digest = hashlib.blake2b(array.array("i", prompt_ids).tobytes(), digest_size=16).digest()
+    def _noise_name(self, request: GenerateRequest, attempt: Attempt | None) -> tuple:
+        """What the noise depends on beside the prompt, by which a call is told from its rollout's others."""
         if attempt is None:
-            return ("root", secrets.randbits(63) if request.seed is None else request.seed, digest.hex())
-        occurrence = attempt.prompts.get(digest, 0)
-        attempt.prompts[digest] = occurrence + 1
+            return ("root", secrets.randbits(63) if request.seed is None else request.seed)
         agents_seed = attempt.mode != "train" and request.seed is not None
         seed = request.seed if agents_seed else attempt.seed
         entry = attempt.entry
-        return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample, digest.hex(), occurrence)
+        return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample)
 
     # ---- sampling ----
 

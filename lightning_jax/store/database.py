@@ -4,6 +4,7 @@ Writes are queued and committed in order, many to a transaction, so that a model
 What is on disk is therefore always a prefix of what happened: a killed process loses its last moments, never its order.
 """
 
+import concurrent.futures
 import fcntl
 import logging
 import queue
@@ -116,8 +117,19 @@ class Database:
     def write(self, *statements: Statement) -> None:
         """Queues statements, each (sql, rows of parameters), to be committed together after all queued before them."""
         if self._error is not None:
-            raise self._failure()
-        self._queue.put(statements)
+            raise self._failure(self._error)
+        self._queue.put((None, statements))
+
+    def execute(self, *statements: Statement) -> None:
+        """Commits statements in a transaction of their own, after all that was queued before.
+
+        Raises:
+            StoreError: they failed and changed nothing; what comes after goes on.
+        """
+        done: concurrent.futures.Future = concurrent.futures.Future()
+        self._queue.put((done, statements))
+        self._urgent.set()
+        self._await(done)
 
     def flush(self) -> None:
         """Returns when all that was queued before is committed.
@@ -125,14 +137,20 @@ class Database:
         Raises:
             StoreError: a write failed. Nothing after it was kept either.
         """
-        done = threading.Event()
-        self._queue.put(done)
-        self._urgent.set()
-        while not done.wait(1.0):
-            if not self._thread.is_alive():
-                raise StoreError(f"the store {self.path} is closed")
+        self.execute()
         if self._error is not None:
-            raise self._failure()
+            raise self._failure(self._error)
+
+    def _await(self, done: concurrent.futures.Future) -> None:
+        while True:
+            try:
+                error = done.exception(timeout=1.0)
+                break
+            except concurrent.futures.TimeoutError:
+                if not self._thread.is_alive():
+                    raise StoreError(f"the store {self.path} is closed") from None
+        if error is not None:
+            raise self._failure(error)
 
     def close(self) -> None:
         """Commits what is queued and lets go of the file."""
@@ -145,36 +163,56 @@ class Database:
             self._connection.close()
             self._lock_file.close()
 
-    def _failure(self) -> StoreError:
+    def _failure(self, error: BaseException) -> StoreError:
         return StoreError(
-            f"cannot write the store {self.path}: {self._error}",
+            f"cannot write the store {self.path}: {error}",
             hint="what was written before is intact; mend the cause (a full disk?) and start again",
         )
 
     def _write_loop(self) -> None:
         running = True
         while running:
-            batch = [self._queue.get()]
+            items = [self._queue.get()]
             self._urgent.wait(_GATHER_S)
             self._urgent.clear()
             while not self._queue.empty():
-                batch.append(self._queue.get())
-            if batch and any(isinstance(item, tuple) for item in batch) and self._error is None:
-                self._commit([statement for item in batch if isinstance(item, tuple) for statement in item])
-            for item in batch:
-                if isinstance(item, threading.Event):
-                    item.set()
-                elif item is None:
+                items.append(self._queue.get())
+            gathered: list[Statement] = []
+            for item in items:
+                if item is None:
                     running = False
+                    continue
+                done, statements = item
+                if done is None:
+                    gathered.extend(statements)
+                    continue
+                self._commit_gathered(gathered)
+                gathered = []
+                try:
+                    self._commit(statements)
+                    done.set_result(None)
+                except Exception as error:
+                    done.set_exception(error)
+            self._commit_gathered(gathered)
 
-    def _commit(self, statements: list[Statement]) -> None:
+    def _commit_gathered(self, statements: list[Statement]) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._commit(statements)
+        except Exception as error:  # later writes would break the order, so the first failure is the last write
+            _log.exception("cannot write the store %s", self.path)
+            self._error = error
+
+    def _commit(self, statements: Sequence[Statement]) -> None:
+        if not statements:
+            return
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             for sql, rows in statements:
                 self._connection.executemany(sql, rows)
             self._connection.execute("COMMIT")
-        except Exception as error:  # later writes would break the order, so the first failure is the last write
-            _log.exception("cannot write the store %s", self.path)
-            self._error = error
+        except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
+            raise

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,9 @@ from collections.abc import Iterable, Iterator
 import orjson
 
 from lightning_jax.store.database import Database
-from lightning_jax.store.records import DataError, DatasetInfo, UnknownError
+from lightning_jax.store.records import DataError, DatasetInfo, StoreError, UnknownError
+
+_log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 64 * 2**20
 _BATCH_BYTES = 4 * 2**20
@@ -75,14 +78,13 @@ class Datasets:
     def _replace(self, data_id: str, split: str, version: int, count: int) -> None:
         with self._lock:
             old, _ = self._known.get((data_id, split), (None, 0))
-            self._database.write(
+            self._database.execute(
                 (
                     "INSERT OR REPLACE INTO datasets VALUES (?, ?, ?, ?, ?)",
                     [(data_id, split, version, count, time.time())],
                 ),
                 ("DELETE FROM tasks WHERE version = ?", [(old,)]),
             )
-            self._database.flush()
             self._known[data_id, split] = (version, count)
 
 
@@ -124,8 +126,10 @@ class Upload:
 
     def discard(self) -> None:
         """Forgets all that was fed."""
-        self._database.write(("DELETE FROM tasks WHERE version = ?", [(self._version,)]))
-        self._database.flush()
+        try:
+            self._database.execute(("DELETE FROM tasks WHERE version = ?", [(self._version,)]))
+        except StoreError:  # on a full disk; what is left then goes at the next start
+            _log.warning("an upload that failed could not be removed", exc_info=True)
 
     def _take(self, line: bytes) -> None:
         self._line_number += 1
@@ -142,8 +146,7 @@ class Upload:
             self._write_rows()
 
     def _write_rows(self) -> None:
-        self._database.write((_INSERT, self._rows))
-        self._database.flush()  # bounds what waits in memory
+        self._database.execute((_INSERT, self._rows))
         self._rows, self._rows_bytes = [], 0
 
 

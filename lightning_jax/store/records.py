@@ -128,7 +128,8 @@ class Attempt:
 
     Attributes:
         calls: the calls recorded so far, in the order in which they ended.
-        prompts: how often each prompt was sampled from; names a call's noise whatever order concurrent calls arrive in.
+        prompts: for each prompt, by digest, the numbers its samples have taken; they name a call's noise, whatever the
+            order in which concurrent calls arrive.
         on_end: called, by request id, when the attempt ends while a model call is in flight.
         deadline: `time.monotonic()` after which the attempt counts as timed out.
     """
@@ -150,6 +151,6 @@ class Attempt:
     deadline: float
     ended: bool = False
     calls: list[CallRecord] = dataclasses.field(default_factory=list)
-    prompts: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    prompts: dict[bytes, set[int]] = dataclasses.field(default_factory=dict)
     on_end: dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
     arrivals: itertools.count = dataclasses.field(default_factory=itertools.count)

@@ -299,9 +299,18 @@ def test_a_full_disk_is_an_error_and_what_was_there_stays(tmp_path):
     store._database._connection.execute("PRAGMA max_page_count = 40")
     with pytest.raises(StoreError, match="full"):
         store.put_dataset("big", "train", [b'{"question": "%s"}\n' % (b"x" * 2000)] * 3000)
+    store.create_job({"kind": "train"}, "main")
+    store.flush()  # an upload that does not fit is nobody else's trouble
+    for _ in range(200):
+        store.add_event("main", "step", 1, {"text": "x" * 4000})
+    with pytest.raises(StoreError, match="full.*\n.*mend the cause"):
+        store.flush()
+    with pytest.raises(StoreError, match="full"):
+        store.update_job("main", step=3)
     store.close()
     store = Store(tmp_path / "s")
     assert store.task("d", "train", 0) == {"question": 1} and store.dataset("big") == []
+    assert store.job("main")["step"] == 0
     store.close()
 
 

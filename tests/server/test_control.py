@@ -1,0 +1,282 @@
+"""What `Client` and worker pools speak, over a real socket."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from agent_lightning.client import Client
+from agent_lightning.exceptions import DataUploadError, InvalidConfigError, ServerConnectionError, TrainingError
+from lightning_jax import server
+from lightning_jax.policy import Policy
+from lightning_jax.server.control import JobRunner
+from lightning_jax.store import Store
+
+from .conftest import settings
+
+KEY = "sésame-123"
+SMALL = {
+    "algorithm.group_size": 2,
+    "runtime.batch_size": 4,
+    "runtime.gradient_accumulation": 1,
+    "runtime.remat": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(start, random_model):
+    return start(random_model, jobs=True, **SMALL)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+1?", "ground_truth": str(i + 1)}) + "\n" for i in range(4)))
+    return str(path)
+
+
+def fills(resource, task):
+    """Rewards replies with many letters, which random weights vary in."""
+    import httpx
+
+    body = {"messages": [{"role": "user", "content": task.question}], "max_tokens": 8}
+    reply = httpx.post(f"{resource.model_api}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+    return sum(c.isascii() for c in reply["choices"][0]["message"]["content"]) / 8
+
+
+def raises(resource, task):
+    raise ValueError("no idea")
+
+
+# ---- keys and health ----
+
+
+def test_the_key_is_asked_for_everywhere_but_where_it_is_not(start, random_model):
+    running = start(random_model, **{"server.api_key": KEY})
+    assert running.http.get("/health").json()["status"] == "ok"
+    closed = [
+        ("GET", "/v1/models"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/messages"),
+        ("PUT", "/api/datasets/d/train"),
+        ("POST", "/api/jobs"),
+        ("GET", "/api/jobs/x"),
+        ("GET", "/openapi.json"),
+    ]
+    for method, path in closed:
+        for headers in (
+            {},
+            {"x-api-key": "wrong"},
+            {"authorization": b"Bearer wrong"},
+            {"authorization": KEY.encode()},
+        ):
+            assert running.http.request(method, path, headers=headers).status_code == 401, (method, path, headers)
+        for headers in ({"x-api-key": KEY.encode()}, {"authorization": f"Bearer {KEY}".encode()}):
+            assert running.http.request(method, path, headers=headers).status_code != 401
+    with openai.OpenAI(base_url=running.url, api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            client.models.list()
+    with Client(running.url, api_key="wrong", max_retries=0) as client:
+        with pytest.raises(ServerConnectionError, match="API key"):
+            client._transport.request("GET", "/api/jobs/x")
+    assert httpx.post(f"{running.url}/rollout/nope/v1/messages", json={}).status_code == 401
+    store_job = running.store.create_job({"kind": "train"})
+    ids = running.store.open_rollouts(store_job, step=1, mode="train", entries=[_entry()], timeout_s=60, seed=0)
+    token = running.store.exchange(store_job, "p", [], [], 1)["leases"][0]["token"]
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    assert httpx.post(f"{running.url}/rollout/{token}/chat/completions", json=body, timeout=60).status_code == 200
+    assert ids
+
+
+def _entry():
+    from lightning_jax.store import RolloutEntry
+
+    return RolloutEntry("t", 0, 0, 0, {"question": "?"})
+
+
+def test_a_port_in_use_is_said_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(InvalidConfigError, match="in use"):
+            server.bind("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InvalidConfigError, match="cannot serve on"):
+        server.bind("203.0.113.7", 0)
+    sock = server.bind("127.0.0.1", 0)
+    with pytest.raises(InvalidConfigError, match="in use"):
+        server.bind("127.0.0.1", sock.getsockname()[1])
+    sock.close()
+
+
+# ---- datasets ----
+
+
+def test_upload_streams_and_names_the_bad_line(serving):
+    task = json.dumps({"question": "x" * 1000}).encode() + b"\n"
+    big = serving.http.put("/api/datasets/big.1/train", content=(task * 100 for _ in range(200)))
+    assert big.json() == {"data_id": "big.1", "split": "train", "num_tasks": 20_000}
+    assert serving.http.get("/api/datasets/big.1").json() == {"data_id": "big.1", "splits": {"train": 20_000}}
+    bad = serving.http.put("/api/datasets/big.1/train", content=[task * 5000, b'{"ground_truth": 1}\n', task])
+    assert bad.status_code == 422
+    error = bad.json()["error"]
+    assert error["type"] == "DataUploadError" and error["line"] == 5001 and "line 5001" in error["message"]
+    assert serving.http.get("/api/datasets/big.1").json()["splits"] == {"train": 20_000}
+    assert serving.http.put("/api/datasets/new/test", content=b"[]").status_code == 422
+    assert serving.http.get("/api/datasets/new").status_code == 404
+    assert serving.http.put("/api/datasets/..%2Fx/train", content=task).status_code in (404, 422)
+    assert serving.http.put("/api/datasets/x/validation", content=task).status_code == 422
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(serving):
+    with socket.create_connection(("127.0.0.1", httpx.URL(serving.url).port)) as raw:
+        raw.sendall(b"PUT /api/datasets/broken/train HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        raw.sendall(b'{"question": 1}\n' * 1000)
+    time.sleep(0.3)
+    assert serving.http.get("/api/datasets/broken").status_code == 404
+
+
+def test_client_uploads(serving, dataset, tmp_path):
+    with Client(serving.url) as client:
+        data_id = client.upload_data(dataset, test_file=dataset)
+        assert client.upload_data(dataset, data_id="mine") == "mine"
+    assert serving.store.num_tasks(data_id, "test") == 4 and serving.store.num_tasks("mine", "train") == 4
+    assert serving.store.task("mine", "train", 2) == {"question": "2+1?", "ground_truth": "3"}
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"answer": "b"}\n')
+    with Client(serving.url) as client, pytest.raises(DataUploadError, match="2.*question"):
+        client.upload_data(str(tmp_path / "bad.jsonl"))
+
+
+# ---- jobs ----
+
+
+def test_a_job_from_upload_to_result(jobs, dataset):
+    """The real client, worker processes, training loop and learner."""
+    version = jobs.policy.version
+    with Client(jobs.url) as client:
+        client.upload_data(dataset, test_file=dataset)
+        result = client.train(fills, nworkers=2, batch_size=2, epochs=1, metadata={"use_cot": True})
+    assert result.total_steps == 2 and len(result.train_rewards) == 2 and len(result.test_rewards) == 2
+    assert jobs.policy.version == version + 2
+    (job,) = [job for job in jobs.store.jobs() if job["status"] == "succeeded"]
+    assert (job["step"], job["total_steps"]) == (2, 2) and job["spec"]["batch_size"] == 2
+    reply = jobs.http.get(f"/api/jobs/{job['job_id']}").json()
+    assert reply["status"] == "succeeded" and reply["result"]["total_steps"] == 2
+    events = jobs.http.get(f"/api/jobs/{job['job_id']}/events").json()
+    kinds = [event["kind"] for event in events["events"]]
+    assert kinds.count("step") == 2 and kinds.count("evaluation") == 2 and kinds[-1] == "ended"
+    after = events["events"][-1]["seq"]
+    start = time.monotonic()
+    more = jobs.http.get(f"/api/jobs/{job['job_id']}/events", params={"after": after, "wait_s": 20}).json()
+    assert more == {"job_status": "succeeded", "events": []} and time.monotonic() - start < 5
+
+
+def test_a_failing_agent_fails_the_job_with_its_traceback(jobs, dataset):
+    with Client(jobs.url) as client:
+        client.upload_data(dataset)
+        with pytest.raises(TrainingError, match="(?s)ValueError: no idea.*in raises"):
+            client.train(raises, nworkers=1, batch_size=2)
+
+
+def wait_for(condition, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stopping_and_queueing(jobs, dataset):
+    with Client(jobs.url) as client:
+        data_id = client.upload_data(dataset)
+    body = {"kind": "train", "data_id": data_id, "key": "one"}
+    first = jobs.http.post("/api/jobs", json=body).json()["job_id"]
+    assert jobs.http.post("/api/jobs", json=body).json()["job_id"] == first, "a retried request makes no second job"
+    second = jobs.http.post("/api/jobs", json=body | {"key": "two"}).json()["job_id"]
+    status = lambda job: jobs.http.get(f"/api/jobs/{job}").json()["status"]  # noqa: E731
+    wait_for(lambda: status(first) == "running")
+    assert status(second) == "queued"
+    assert jobs.http.post(f"/api/jobs/{second}/stop", json={}).json()["job_status"] == "stopped"
+
+    replies = []
+    exchange = {"pool_id": "p", "results": [], "running": [], "want": 1, "wait_s": 0}
+    leases = []
+    wait_for(
+        lambda: leases.extend(jobs.http.post(f"/api/jobs/{first}/exchange", json=exchange).json()["leases"]) or leases
+    )
+    held = [lease["lease_id"] for lease in leases]
+    exchange |= {"running": held, "want": 100}
+    jobs.http.post(f"/api/jobs/{first}/exchange", json=exchange)
+    poll = threading.Thread(
+        target=lambda: replies.append(
+            jobs.http.post(f"/api/jobs/{first}/exchange", json=exchange | {"wait_s": 20}).json()
+        )
+    )
+    poll.start()
+    time.sleep(0.2)
+    assert not replies, "nothing to lease: the request waits"
+    jobs.http.post(f"/api/jobs/{first}/stop", json={"now": True})
+    poll.join(10)
+    assert replies[0]["cancelled"] == held and replies[0]["leases"] == []
+    wait_for(lambda: status(first) == "stopped")
+
+
+def test_what_a_job_cannot_be(jobs, serving, dataset):
+    def refused(body, status):
+        reply = jobs.http.post("/api/jobs", json=body)
+        assert reply.status_code == status, reply.text
+        return reply.json()["error"]["message"]
+
+    with Client(jobs.url) as client:
+        data_id = client.upload_data(dataset)
+    assert "no dataset 'nope'" in refused({"data_id": "nope"}, 404)
+    assert "test tasks" in refused({"kind": "evaluate", "data_id": data_id}, 404)
+    assert "epochs" in refused({"data_id": data_id, "epochs": 0}, 422)
+    assert "batchsize" in refused({"data_id": data_id, "batchsize": 3}, 422)
+    assert "kind" in refused({"data_id": data_id, "kind": "dance"}, 422)
+    assert jobs.http.get("/api/jobs/nope").status_code == 404
+    assert jobs.http.get("/api/jobs/nope/events").status_code == 404
+    assert jobs.http.post("/api/jobs/nope/stop", json={}).status_code == 404
+    empty = {"pool_id": "p"}
+    assert jobs.http.post("/api/jobs/nope/exchange", json=empty).status_code == 404
+    assert jobs.http.post("/api/jobs/nope/exchange", json={"want": 1}).status_code == 422
+    other = serving.http.post("/api/jobs", json={"data_id": data_id})
+    assert other.status_code == 400 and "takes no others" in other.json()["error"]["message"]
+
+
+def test_an_unfinished_job_goes_on_after_a_restart(random_model, tmp_path, dataset):
+    """A server ends in the middle of a job; the next one, in the same work directory, runs it to its end."""
+    config = settings(random_model, tmp_path / "work", **SMALL, **{"runtime.checkpoint_interval": 1})
+    port = 0
+
+    def started():
+        policy = Policy(config)
+        store = Store(tmp_path / "work" / "store.sqlite3")
+        runner = JobRunner(policy, store, config)
+        app = server.create_app(config=config, policy=policy, store=store, jobs=runner)
+        return policy, store, runner, server.RunningServer(app, server.bind("127.0.0.1", port))
+
+    def stopped():
+        running.stop()
+        runner.close()
+        status = store.jobs()[0]["status"]
+        store.close()
+        policy.close()
+        return status
+
+    policy, store, runner, running = started()
+    port = int(running.url.rpartition(":")[2])
+    client = Client(running.url, max_retries=10)
+    client.upload_data(dataset)
+    results = []
+    trainer = threading.Thread(target=lambda: results.append(client.train(fills, nworkers=1, batch_size=1, epochs=4)))
+    trainer.start()
+    wait_for(lambda: any(job["step"] >= 2 for job in store.jobs()), 120)
+    assert stopped() == "running", "it was in the middle"
+    policy, store, runner, running = started()
+    assert policy.step >= 2, "from the checkpoint"
+    trainer.join(120)
+    assert results and results[0].total_steps == 16
+    assert [job["status"] for job in store.jobs()] == ["succeeded"]
+    stopped()
+    client.close()
