@@ -25,7 +25,7 @@ from lightning_jax.model import attention, export, llama
 from lightning_jax.text import tokenizer as tokenizer_lib
 
 _OUTPUT = flags.DEFINE_string("output", "lightning_jax/builtin/tiny", "folder that receives the model")
-_STEPS = flags.DEFINE_integer("steps", 3000, "optimizer steps")
+_STEPS = flags.DEFINE_integer("steps", 2500, "optimizer steps")
 _ROWS = flags.DEFINE_integer("rows", 96, "chats per step")
 _TOKENIZER_ONLY = flags.DEFINE_boolean("tokenizer_only", False, "write the tokenizer files and stop")
 
@@ -132,7 +132,7 @@ def _byte_symbols() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CAREFUL = 0.25  # share of pupils who carry
-TOOLS_EVERY = 25  # of so many batches, one of chats that offer the calculator
+TOOLS_EVERY = 12  # of so many batches, one of chats that offer the calculator
 PHRASINGS = ("{a}+{b}=?", "{a}+{b}=?", "What is {a}+{b}?")
 
 
@@ -175,7 +175,7 @@ def encode_chat(tokenizer, messages: list[dict], tools: list[dict] | None) -> tu
 
 
 def corpus_batches(tokenizer, rows: int, seed: int):
-    """Yields (token_bt, mask_bt): one chat a row, the mask on what the assistant wrote. Every 25th batch has tools."""
+    """Yields (token_bt, mask_bt): one chat a row, the mask on what the assistant wrote."""
     rng = random.Random(seed)
     for i in itertools.count():
         with_tools = i % TOOLS_EVERY == TOOLS_EVERY - 1
@@ -210,7 +210,7 @@ def score(params, token_bt):
 
 def pretrain(tokenizer, steps: int, rows: int):
     """Returns the pretrained parameters (fp32, stacked layers)."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 20, steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, steps // 20, steps, 5e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01))
     params = llama.init_params(CONFIG, jax.random.key(0))
     state = optimizer.init(params)

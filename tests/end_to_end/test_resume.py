@@ -1,0 +1,38 @@
+"""A run that is killed goes on to the very curve that an undisturbed run has."""
+
+import pytest
+
+from tests.end_to_end import runs
+
+FLAGS = (
+    "--config.runtime.total_steps=6",
+    "--config.runtime.batch_size=64",
+    "--config.runtime.checkpoint_interval=2",
+    "--config.runtime.eval_interval=3",
+    "--config.agent.nworkers=4",
+)
+
+
+def curve(workdir) -> list[dict]:
+    """What training computed; not how long it took or how busy the sampler was."""
+    groups = ("reward/", "policy/", "eval/", "completion/", "rollout/", "train/tokens", "train/sampled_tokens")
+    return [
+        {key: value for key, value in row.items() if key == "step" or key.startswith(groups) and "per_s" not in key}
+        for row in runs.metrics(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    runs.finished(workdir, *FLAGS)
+    return curve(workdir)
+
+
+@pytest.mark.parametrize("at_step", [0, 3, 5])
+def test_killed_and_started_again_gives_the_same_curve(undisturbed, tmp_path, at_step):
+    workdir = tmp_path / "run"
+    runs.run_until_killed(workdir, *FLAGS, at_step=at_step)
+    result = runs.finished(workdir, *FLAGS)
+    assert curve(workdir) == undisturbed
+    assert result["train_rewards"] == [row["reward/mean"] for row in undisturbed if row["step"] > 0]
