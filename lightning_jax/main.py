@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app
+from absl import app, flags, logging
 
 from agent_lightning import agent_source, client
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
@@ -32,14 +32,17 @@ from lightning_jax.store import ENDED_JOB, Store
 DATA_ID = "config"  # the dataset and the jobs that a config's own files and agent make
 JOB_IDS = {"train": "train", "evaluate": "evaluate"}
 # What may differ from the run that a work directory holds without making it another run.
-_FREE_SETTINGS = ("agent.nworkers", "device", "logging.", "mode", "runtime.epochs", "runtime.total_steps", "server.")
+_FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps")
+_FREE_SECTIONS = ("logging.", "server.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InvalidConfigError(f"unexpected arguments: {' '.join(argv[1:])}", hint="settings are --config.KEY=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # absl's default shows every HTTP request
     config = command_line.merged_config()
-    claim_workdir(config)
+    check_workdir(config)
     start_jax(config)
     if config.mode == "serve":
         serve(config)
@@ -52,32 +55,38 @@ def main(argv: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_workdir(config: ml_collections.ConfigDict) -> None:
-    """Makes the work directory and saves the configuration in it.
-
-    Raises:
-        InvalidConfigError: it holds a run with other settings, or it cannot be written.
-    """
-    config.workdir = config.workdir.replace("{seed}", str(config.seed))
+def check_workdir(config: ml_collections.ConfigDict) -> None:
+    """Raises InvalidConfigError if the work directory holds a run with other settings."""
     workdir = pathlib.Path(config.workdir)
     path = workdir / "config.json"
-    if path.exists():
-        before = dict(config_lib.flatten(json.loads(path.read_text())))
-        differences = [
-            f"{key}: {before[key]!r} there, {value!r} here"
-            for key, value in config_lib.flatten(config.to_dict())
-            if key in before and before[key] != value and not key.startswith(_FREE_SETTINGS)
-        ]
-        if differences:
-            raise InvalidConfigError(
-                f"{workdir} holds a run with other settings: {'; '.join(differences)}",
-                hint="choose another --config.workdir, or remove that folder",
-            )
+    if not path.exists():
+        return
+    before = dict(config_lib.flatten(json.loads(path.read_text())))
+    now = dict(config_lib.flatten(config.to_dict()))
+    differences = [
+        f"{key}: {before[key]!r} there, {now[key]!r} here"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key] and key not in _FREE_SETTINGS and not key.startswith(_FREE_SECTIONS)
+    ]
+    if differences:
+        raise InvalidConfigError(
+            f"{workdir} holds a run with other settings: {'; '.join(differences)}",
+            hint="choose another --config.workdir, or remove that folder",
+        )
+
+
+def open_store(config: ml_collections.ConfigDict) -> Store:
+    """The store of the work directory, which is made where missing.
+
+    Raises:
+        InvalidConfigError: the folder cannot be written.
+    """
+    workdir = pathlib.Path(config.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save_json(config, path)
     except OSError as error:
-        raise InvalidConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+        raise InvalidConfigError(f"workdir {workdir} cannot be made: {error.strerror}") from error
+    return Store(workdir / "store.sqlite3")
 
 
 def start_jax(config: ml_collections.ConfigDict) -> None:
@@ -103,7 +112,7 @@ def serve(config: ml_collections.ConfigDict) -> None:
     """Serves the model, and trains it for clients, until SIGINT or SIGTERM."""
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
-        store = stack.enter_context(contextlib.closing(Store(_store_path(config))))
+        store = stack.enter_context(contextlib.closing(open_store(config)))
         policy = _start_policy(config, stack)
         jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, config)))
         http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
@@ -120,7 +129,7 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
     agent = agent_source.pack_agent(config.agent.script)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
-        store = stack.enter_context(contextlib.closing(Store(_store_path(config))))
+        store = stack.enter_context(contextlib.closing(open_store(config)))
         for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
             if path:
                 store.put_dataset(DATA_ID, split, _read_chunks(path))
@@ -149,6 +158,7 @@ def _start_policy(config: ml_collections.ConfigDict, stack: contextlib.ExitStack
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("compiling the sampler", total=None)
         policy.warmup(lambda done, total: bar.update(task, completed=done, total=total))
+    config_lib.save_json(config, pathlib.Path(config.workdir) / "config.json")  # from here on it is this run's folder
     return policy
 
 
@@ -223,10 +233,6 @@ def _summary(config: ml_collections.ConfigDict, result: dict[str, Any], max_seq_
         f"curves                      {pathlib.Path(config.workdir) / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
-
-
-def _store_path(config: ml_collections.ConfigDict) -> pathlib.Path:
-    return pathlib.Path(config.workdir) / "store.sqlite3"
 
 
 def _read_chunks(path: str):

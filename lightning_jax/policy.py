@@ -43,17 +43,19 @@ class DeviceThread:
         self._engines: list[engine_lib.Engine] = []
         self._commands: collections.deque = collections.deque()
         self._wake = threading.Event()
-        self._closed = False
+        self._lock = threading.Lock()  # nothing is queued behind the last command that the thread looks at
+        self._closed = self._ended = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
         self._thread.start()
 
     def run(self, function: Callable, *args, **kwargs) -> concurrent.futures.Future:
         """Queues a call behind the commands already given; the future has its result or exception."""
         future = concurrent.futures.Future()
-        if self.error is not None:
-            future.set_exception(RuntimeError(f"the device thread has ended: {self.error}"))
-            return future
-        self._commands.append((future, function, args, kwargs))
+        with self._lock:
+            if self._ended:
+                future.set_exception(RuntimeError(f"the device thread has ended: {self.error}"))
+            else:
+                self._commands.append((future, function, args, kwargs))
         self._wake.set()
         return future
 
@@ -84,8 +86,11 @@ class DeviceThread:
             self.error = error
             for engine in self._engines:
                 engine.fail_all(str(error))
-        while self._commands:
-            self._commands.popleft()[0].set_exception(RuntimeError("the device thread has ended"))
+        with self._lock:
+            self._ended = True
+        for future, *_ in self._commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(f"the device thread has ended: {self.error}"))
 
     def _run_command(self, future, function, args, kwargs) -> None:
         if not future.set_running_or_notify_cancel():

@@ -1,0 +1,78 @@
+"""What the program says when it cannot run: one clear error, at once, and nothing lost."""
+
+import socket
+
+import pytest
+
+from lightning_jax import config
+from tests.end_to_end import runs
+
+
+def refused(workdir, *flags: str) -> str:
+    done = runs.run(workdir, *flags, timeout_s=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_missing_model(tmp_path):
+    error = refused(tmp_path / "run", "--config.model.path=no/such/folder")
+    assert "InvalidConfigError" in error and "no/such/folder" in error
+
+
+def test_missing_agent_script(tmp_path):
+    error = refused(tmp_path / "run", "--config.agent.script=no_agent.py")
+    assert "InvalidConfigError" in error and "no_agent.py" in error
+
+
+def test_misspelt_setting(tmp_path):
+    error = refused(tmp_path / "run", "--config.algorithm.learning_rat=1")
+    assert "learning_rat" in error and "'algorithm.learning_rate'" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"question": "1+1=?"}\n[1, 2]\n', "line 2"),
+        ('{"question": "1+1=?"}\n\n{"answer": 2}\n', "line 3"),
+        ('{"question": "1+1=?"\n', "line 1"),
+    ],
+)
+def test_bad_tasks_name_their_line(tmp_path, content, problem):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text(content)
+    error = refused(tmp_path / "run", f"--config.data.train_file={tasks}")
+    assert "DataError" in error and problem in error
+
+
+def test_missing_tasks(tmp_path):
+    error = refused(tmp_path / "run", "--config.data.train_file=nowhere.jsonl")
+    assert "nowhere.jsonl" in error
+
+
+def test_port_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = refused(tmp_path / "run", f"--config.server.port={port}")
+    assert f"127.0.0.1:{port}" in error
+
+
+def test_work_directory_of_another_run(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    config.save_json(config.default_config(), workdir / "config.json")
+    before = (workdir / "config.json").read_text()
+    error = refused(workdir, "--config.model.path=some/folder", "--config.seed=3")
+    assert "other settings" in error and "seed: 0 there, 3 here" in error
+    assert "model.path: 'builtin:tiny' there, 'some/folder' here" in error
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_agent_that_always_fails_ends_the_job_with_its_traceback(tmp_path):
+    script = tmp_path / "agent.py"
+    script.write_text("def agent(resource, task):\n    raise KeyError('the tool is missing')\n")
+    error = refused(
+        tmp_path / "run", f"--config.agent.script={script}", "--config.agent.nworkers=2", "--config.data.test_file="
+    )
+    assert "TrainingError" in error and "KeyError: 'the tool is missing'" in error and "agent.py" in error

@@ -1,0 +1,64 @@
+"""The device thread: order, errors, and what is left when an engine fails."""
+
+import threading
+
+import pytest
+
+from lightning_jax.policy import DeviceThread
+
+
+@pytest.fixture
+def device():
+    thread = DeviceThread()
+    yield thread
+    thread.close()
+
+
+class FailingEngine:
+    """An engine whose device is gone."""
+
+    def __init__(self):
+        self.failed_with = None
+
+    def step(self) -> bool:
+        raise RuntimeError("device lost")
+
+    def fail_all(self, error: str) -> None:
+        self.failed_with = error
+
+
+def test_commands_run_in_order_on_one_thread(device):
+    seen = []
+    futures = [device.run(lambda i=i: seen.append((i, threading.current_thread().name))) for i in range(50)]
+    for future in futures:
+        future.result(timeout=10)
+    assert seen == [(i, "device") for i in range(50)]
+
+
+def test_a_command_that_fails_ends_nothing_else(device):
+    failing = device.run(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.result(timeout=10)
+    assert device.run(lambda: 7).result(timeout=10) == 7
+    assert device.error is None
+
+
+def test_a_cancelled_command_does_not_run(device):
+    release, ran = threading.Event(), []
+    device.run(release.wait)
+    waiting = device.run(ran.append, 1)
+    assert waiting.cancel()
+    release.set()
+    device.run(lambda: None).result(timeout=10)
+    assert ran == []
+
+
+def test_an_engine_that_fails_fails_its_requests_and_all_later_commands(device):
+    engine = FailingEngine()
+    device.add_engine(engine)
+    device.wake()
+    device._thread.join(timeout=10)
+    with pytest.raises(RuntimeError, match="device thread has ended"):
+        device.run(lambda: 7).result(timeout=10)
+    assert engine.failed_with == "device lost"
+    assert "device lost" in str(device.error)
