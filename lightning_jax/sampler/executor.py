@@ -65,10 +65,12 @@ class Executor:
         mesh: jax.sharding.Mesh | None,
         page_table: np.ndarray,
     ):
+        self._programs = programs.jitted()
         self._config = config
         self._max_slots = max_slots
         self._page_size = page_size
         self._decode_steps = decode_steps
+        self._row_floor = row_floor
         self._dtype = jnp.dtype(dtype)
         self._mesh = mesh
         self._page_table = page_table
@@ -84,7 +86,7 @@ class Executor:
     def publish(self, params: Params) -> None:
         """Copies stacked master weights; programs dispatched from now on use them."""
         with self._device():
-            self._params = programs.prepare_params(params, self._dtype)
+            self._params = self._programs.prepare_params(params, dtype=self._dtype)
 
     def prefill(self, batch: PrefillBatch) -> None:
         """Dispatches one prefill."""
@@ -139,14 +141,20 @@ class Executor:
 
     def _run_prefill(self, control: np.ndarray, chunk: int) -> None:
         with self._device():
-            self._pages, self._state = programs.prefill(
-                self._params, self._pages, self._state, control, config=self._config, chunk=chunk
+            self._pages, self._state = self._programs.prefill(
+                self._params,
+                self._pages,
+                self._state,
+                control,
+                config=self._config,
+                chunk=chunk,
+                logit_rows=self._row_floor,
             )
 
     def _run_decode(self, control: np.ndarray) -> jax.Array:
         arrays = self._workspace.arrays
         with self._device():
-            self._pages, self._workspace.arrays, self._state, sampled = programs.decode(
+            self._pages, self._workspace.arrays, self._state, sampled = self._programs.decode(
                 self._params,
                 self._pages,
                 arrays,

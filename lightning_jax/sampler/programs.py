@@ -4,7 +4,9 @@ The state of all slots is one int32 matrix with a column per fact, floats bit-ca
 with a dispatch: one array in, one array out, one scatter. Row `max_slots` of the state belongs to padding.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +30,62 @@ def init_state(max_slots: int, device: jax.sharding.Sharding | None = None) -> j
     return jnp.zeros((max_slots + 1, STATE_WIDTH), jnp.int32, device=device)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions; `jitted` makes them. Each call compiles for new shapes or static arguments only."""
+
+    prepare_params: Callable
+    prefill: Callable
+    decode: Callable
+
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(program._cache_size() for program in (self.prepare_params, self.prefill, self.decode))
+
+
+@functools.cache
+def jitted() -> Programs:
+    """The programs for the default backend; one set for all engines of the process."""
+    options = _compiler_options()
+    return Programs(
+        prepare_params=jax.jit(prepare_params, static_argnames="dtype"),
+        prefill=jax.jit(
+            prefill,
+            static_argnames=("config", "chunk", "logit_rows"),
+            donate_argnames=("pages", "state"),
+            compiler_options=options,
+        ),
+        decode=jax.jit(
+            decode,
+            static_argnames=("config", "steps"),
+            donate_argnames=("pages", "dense", "state"),
+            compiler_options=options,
+        ),
+    )
+
+
+def _compiler_options() -> dict[str, str] | None:
+    """On CPU: only matrix products go to the YNNPACK library.
+
+    XLA gives it softmaxes as well, but only large ones, and its exp differs from XLA's own in the last bit; so a
+    request's log-probs would depend on how many others run.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    except Exception:  # an XLA without that option
+        return None
+    return options
+
+
 def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
     """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master."""
     params = llama.unstack_layers(llama.cast_params(params, dtype))
     return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(jnp.copy(leaf)), params)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("pages", "state"))
 def prefill(
     params: llama.Params,
     pages: list[kv_cache.Pages],
@@ -44,6 +94,7 @@ def prefill(
     *,
     config: LlamaConfig,
     chunk: int,
+    logit_rows: int,
 ) -> tuple[list[kv_cache.Pages], jax.Array]:
     """Computes a chunk of each row's prompt, and samples the token after it.
 
@@ -52,6 +103,7 @@ def prefill(
         pages, state: donated.
         control: [B, STATE_WIDTH + chunk + P] int32; `SLOT` is that of padding where the prompt goes on after the chunk,
             and `ROOM` is how many tokens may be sampled.
+        logit_rows: fewest rows that logits and what follows are computed for.
 
     Returns:
         The new pages and state.
@@ -63,20 +115,21 @@ def prefill(
     position_bt = start_b[:, None] + offset_t
     valid_bt = offset_t < length_b[:, None]
     attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window)
-    x_btd, pages = llama.forward(params, config, token_bt, position_bt, attend, pages)
-    last_b11 = jnp.maximum(length_b - 1, 0)[:, None, None]
-    logits_bv = llama.unembed(params, config, jnp.take_along_axis(x_btd, last_b11, axis=1)[:, 0])
+    x_n1d, pages = llama.forward(params, config, token_bt.reshape(-1, 1), position_bt.reshape(-1, 1), attend, pages)
+    last_b = jnp.arange(length_b.size) * chunk + jnp.maximum(length_b - 1, 0)
+    padding = ((0, max(0, logit_rows - length_b.size)), (0, 0))
+    logits_bv = llama.unembed(params, config, jnp.pad(x_n1d[last_b, 0], padding))
 
     position_b = start_b + length_b
-    noise_b1 = sampling.uniform_noise(_noise_key(control), position_b[:, None])
-    token_b, logprob_b = _sample(logits_bv, control, noise_b1[:, 0])
+    noise_b = jnp.pad(sampling.uniform_noise(_noise_key(control), position_b[:, None]), padding)[:, 0]
+    token_b, logprob_b = _sample(logits_bv, jnp.pad(control[:, :STATE_WIDTH], padding), noise_b)
+    token_b, logprob_b = token_b[: length_b.size], logprob_b[: length_b.size]
     remaining_b = jnp.where(_stops(token_b, control), 0, control[:, ROOM] - 1)
     known_b4 = jnp.stack([token_b, position_b, remaining_b, _bits(logprob_b)], axis=-1)
     rows = jnp.concatenate([known_b4, control[:, TOP_K:STATE_WIDTH]], axis=-1)
     return pages, state.at[control[:, SLOT]].set(rows, mode="promise_in_bounds")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("pages", "dense", "state"))
 def decode(
     params: llama.Params,
     pages: list[kv_cache.Pages],
