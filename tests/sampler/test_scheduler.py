@@ -1,0 +1,221 @@
+"""The scheduler against the promises it makes, with a device that only checks what it is asked to do."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from lightning_jax.sampler.request import Request, SamplingParams
+from lightning_jax.sampler.scheduler import Scheduler, Sequence
+
+PAGE_SIZE, STEPS, MAX_SEQ_LEN = 4, 3, 32
+
+
+def make(max_slots: int = 4, num_pages: int = 40) -> Scheduler:
+    return Scheduler(
+        max_slots=max_slots,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        max_seq_len=MAX_SEQ_LEN,
+        decode_steps=STEPS,
+        prefill_shapes=[(1, 4), (8, 4), (1, 8), (4, 8)],
+    )
+
+
+def sequence(name: str, prompt: list[int], max_tokens: int = 5, fairness_key: str = "") -> Sequence:
+    request = Request(
+        name, prompt, SamplingParams(max_tokens=max_tokens), lambda completion: None, fairness_key=fairness_key
+    )
+    return Sequence(request, list(prompt), limit=min(len(prompt) + max_tokens, MAX_SEQ_LEN))
+
+
+class Device:
+    """Pages that remember which tokens were written where, and slots that sample a fixed continuation."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.written: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) -> the tokens up to there
+        self.sampled: dict[str, list[int]] = {}
+
+    def continuation(self, tokens: list[int]) -> int:
+        return (sum(tokens) * 7 + len(tokens)) % 3
+
+    def write(self, sequence: Sequence, tokens: list[int], start: int, end: int) -> None:
+        """The KV of positions [start, end) is computed from the cache below it and put in the sequence's pages."""
+        table = self.scheduler.page_table[sequence.slot]
+        for position in range(end):
+            page, offset = int(table[position // PAGE_SIZE]), position % PAGE_SIZE
+            assert page != 0, "no page for a token"
+            if position < start:
+                assert self.written.get((page, offset)) == tuple(tokens[: position + 1]), "reads what is not there"
+            else:
+                others = [s for s in self.scheduler.running.values() if s is not sequence and page in s.pages]
+                assert not others, "writes to a page that another sequence has"
+                self.written[page, offset] = tuple(tokens[: position + 1])
+
+    def round(self) -> int:
+        """One round of the engine's loop, read at once. Returns how many sequences decoded."""
+        self.scheduler.admit(0)
+        for batch in self.scheduler.plan_prefill():
+            assert 0 < len(batch.items) <= batch.rows
+            for member, start, length in batch.items:
+                assert 0 < length <= batch.chunk
+                self.write(member, member.tokens, start, start + length)
+        members = self.scheduler.plan_decode()
+        while members is None:
+            self.scheduler.preempt()
+            members = self.scheduler.plan_decode()
+        for member in members:
+            tokens = list(member.tokens)
+            if member.fresh:
+                tokens.append(self.continuation(tokens))
+                member.fresh = False
+            for _ in range(STEPS):
+                if len(tokens) < member.limit:
+                    self.write(member, tokens, len(tokens) - 1, len(tokens))
+                    tokens.append(self.continuation(tokens))
+            member.logprobs += [0.0] * (len(tokens) - len(member.tokens))
+            member.tokens = tokens
+            member.in_flight = 0
+            if len(tokens) == member.limit:
+                self.sampled[member.request.request_id] = tokens[member.prompt_length :]
+                self.scheduler.finish(member)
+        return len(members)
+
+
+def run(device: Device) -> None:
+    """Rounds until nothing is left."""
+    for _ in range(500):
+        device.round()
+        if not device.scheduler.running and not device.scheduler.num_waiting:
+            return
+    raise AssertionError("sequences are left over")
+
+
+token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=20)  # few symbols: many shared prefixes
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    jobs=st.lists(st.tuples(token_lists, st.integers(1, 20)), min_size=1, max_size=12),
+    num_pages=st.integers(8, 30),
+    max_slots=st.integers(1, 5),
+)
+def test_everything_finishes_with_its_own_tokens_whatever_is_shared_or_preempted(jobs, num_pages, max_slots):
+    scheduler = make(max_slots, num_pages)
+    for i, (prompt, max_tokens) in enumerate(jobs):
+        scheduler.add(sequence(str(i), prompt, max_tokens))
+    device = Device(scheduler)
+    run(device)
+    for i, (prompt, max_tokens) in enumerate(jobs):
+        tokens = list(prompt)
+        while len(tokens) < min(len(prompt) + max_tokens, MAX_SEQ_LEN):
+            tokens.append(device.continuation(tokens))
+        assert device.sampled[str(i)] == tokens[len(prompt) :]
+    assert scheduler.pool.available == num_pages, "pages leak"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(token_lists, min_size=2, max_size=10),
+    ends=st.lists(st.integers(0, 9), max_size=10),
+    data=st.data(),
+)
+def test_cancelling_and_flushing_at_any_time_leaks_nothing(prompts, ends, data):
+    scheduler = make(num_pages=20)
+    device = Device(scheduler)
+    members = [sequence(str(i), prompt, 12) for i, prompt in enumerate(prompts)]
+    for member in members:
+        scheduler.add(member)
+    for end in ends:
+        if data.draw(st.booleans()):
+            device.round()
+        victim = members[end % len(members)]
+        if not victim.done:
+            scheduler.finish(victim)
+        if data.draw(st.booleans()):
+            scheduler.flush()
+    for _ in range(500):
+        device.round()
+    assert not scheduler.running and scheduler.num_waiting == 0
+    assert scheduler.pool.available == 20
+
+
+def test_a_group_waits_for_the_first_ones_prefill_and_reuses_its_pages():
+    scheduler = make(max_slots=8)
+    prompt = list(range(10))
+    for i in range(6):
+        scheduler.add(sequence(str(i), prompt))
+    assert len(scheduler.admit(0)) == 1
+    (first,) = scheduler.plan_prefill()
+    assert sum(length for _, _, length in first.items) == 8  # a chunk of 8, two pages
+    assert scheduler.num_waiting == 5
+    followers = scheduler.admit(0)
+    assert len(followers) == 5 and all(member.cached_tokens == 8 for member in followers)
+    (second,) = scheduler.plan_prefill()
+    assert [length for _, _, length in second.items] == [2] * 6
+
+
+def test_cancelling_the_one_that_a_group_waits_for_lets_the_next_one_compute():
+    scheduler = make()
+    first, second = sequence("a", list(range(10))), sequence("b", list(range(10)))
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.admit(0) == [first]
+    scheduler.finish(first)
+    assert scheduler.admit(0) == [second]
+    assert second.cached_tokens == 0
+
+
+def test_waiting_requests_are_admitted_in_turns_of_their_fairness_keys():
+    scheduler = make(max_slots=4, num_pages=100)
+    for i in range(10):
+        scheduler.add(sequence(f"many-{i}", [i, 1, 2], fairness_key="many"))
+    for i in range(2):
+        scheduler.add(sequence(f"few-{i}", [i, 3, 4], fairness_key="few"))
+    admitted = [member.request.request_id for member in scheduler.admit(0)]
+    assert admitted == ["many-0", "few-0", "many-1", "few-1"]
+
+
+def test_the_youngest_is_preempted_and_comes_back_first_with_its_tokens():
+    scheduler = make(max_slots=3, num_pages=12)
+    device = Device(scheduler)
+    members = [sequence(name, [i] * 9, max_tokens=20) for i, name in enumerate("abc")]
+    for member in members:
+        scheduler.add(member)
+    preempted = []
+    original = scheduler.preempt
+
+    def preempt():
+        preempted.append(original())
+        return preempted[-1]
+
+    scheduler.preempt = preempt
+    while not preempted:
+        device.round()
+    running = list(scheduler.running.values())
+    assert preempted[0].admitted_at > max(member.admitted_at for member in running)
+    assert preempted[0].logprobs, "it keeps what it has sampled"
+    scheduler.add(sequence("later", [7]))
+    order = []
+    original_finish = scheduler.finish
+    scheduler.finish = lambda member: (order.append(member), original_finish(member))
+    run(device)
+    assert {member.request.request_id for member in order} == {"a", "b", "c", "later"}
+    assert preempted[0].admitted_at < max(member.admitted_at for member in order), "it came back before the later one"
+    assert members[0].admitted_at == 0, "the oldest is never sent back"
+
+
+def test_too_few_pages_for_one_sequence_are_refused():
+    with pytest.raises(ValueError, match="at least 8 pages"):
+        make(num_pages=7)
+
+
+def test_prefill_joins_short_chunks_to_long_ones_where_rows_are_free():
+    scheduler = make(max_slots=4)
+    rng = np.random.default_rng(0)
+    for i, length in enumerate((8, 7, 3, 2)):
+        scheduler.add(sequence(str(i), rng.integers(0, 1000, length).tolist()))
+    scheduler.admit(0)
+    (batch,) = scheduler.plan_prefill()
+    assert (batch.rows, batch.chunk, len(batch.items)) == (4, 8, 4)
