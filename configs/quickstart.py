@@ -10,15 +10,15 @@ def get_config():
 
     config.model.path = "builtin:tiny"
     config.algorithm.group_size = 8
-    config.algorithm.learning_rate = 1e-4
+    config.algorithm.learning_rate = 2e-4
     config.algorithm.kl_coef = 0.001
     config.algorithm.entropy_coef = 0.0
     config.runtime.max_seq_len = 128
     config.runtime.batch_size = 256  # 32 tasks x 8 rollouts
     config.runtime.gradient_accumulation = 1
-    config.runtime.total_steps = 40
-    config.runtime.eval_interval = 10
-    config.runtime.checkpoint_interval = 10
+    config.runtime.total_steps = 48
+    config.runtime.eval_interval = 12
+    config.runtime.checkpoint_interval = 12
     config.runtime.remat = "none"
 
     config.sampler.max_slots = 16
