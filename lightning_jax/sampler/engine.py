@@ -137,8 +137,8 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Counters since the start and gauges of this moment.
 
-        Counters: requests ended, generated_tokens, prefill_tokens (computed), cached_tokens (of prompts, found in the
-        prefix cache), prefill_dispatches, decode_rounds, preemptions. Gauges: running, queue_length, free_pages (cached
+        Counters: requests (ended), generated_tokens, prefill_tokens (computed), cached_tokens (of prompts, that others
+        had computed), prefill_dispatches, decode_rounds, preemptions. Gauges: running, queue_length, free_pages (cached
         ones included), cached_pages, num_pages.
         """
         pool = self._scheduler.pool
@@ -213,7 +213,7 @@ class Engine:
         worked = False
         while budget > 0:
             for sequence in self._scheduler.admit(self.version):
-                self._counts["cached_tokens"] += sequence.computed
+                self._counts["cached_tokens"] += sequence.computed if sequence.leader is None else sequence.target
             idle = True
             for batch in self._scheduler.plan_prefill():
                 self._executor.prefill(batch)

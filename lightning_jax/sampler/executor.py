@@ -67,10 +67,10 @@ class Executor:
     ):
         self._programs = programs.jitted()
         self._config = config
-        self._max_slots = max_slots
         self._page_size = page_size
         self._decode_steps = decode_steps
-        self._row_floor = row_floor
+        # Enough rows for everyone to sample at once; the slot after theirs is for padding.
+        self._sample_rows = self._padding_slot = max(row_floor, power_of_two(max_slots))
         self._dtype = jnp.dtype(dtype)
         self._mesh = mesh
         self._page_table = page_table
@@ -79,7 +79,7 @@ class Executor:
         self._decode_shapes = _decode_shapes(batch_sizes, page_size, num_pages, max_seq_len)
         page_axes = (num_pages, page_size, config.num_kv_heads, config.head_dim), (None, None, "kv_heads", None)
         self._pages = kv_cache.init_pages(config, num_pages, page_size, self._dtype, self._sharding(*page_axes))
-        self._state = programs.init_state(max_slots, self._sharding((), ()))
+        self._state = programs.init_state(self._padding_slot, self._sharding((), ()))
         self._workspace = _Workspace()
         self._params: Params = {}
 
@@ -90,18 +90,28 @@ class Executor:
 
     def prefill(self, batch: PrefillBatch) -> None:
         """Dispatches one prefill."""
-        width, chunk = programs.STATE_WIDTH, batch.chunk
-        control = np.zeros((batch.rows, width + chunk + self._page_table.shape[1]), np.int32)
-        control[:, programs.SLOT] = self._max_slots
+        control, samples = self._prefill_control(batch.rows, batch.chunk)
+        first = programs.PREFILL_WIDTH
         for row, (sequence, start, length) in zip(control, batch.items, strict=False):
-            if start + length == sequence.target:
-                row[programs.SLOT] = sequence.slot
             row[programs.START], row[programs.LENGTH] = start, length
-            row[programs.ROOM] = sequence.limit - sequence.target
-            row[programs.TOP_K : width] = sequence.sampling_columns
-            row[width : width + length] = sequence.tokens[start : start + length]
-            row[width + chunk :] = self._page_table[sequence.slot]
-        self._run_prefill(control, chunk)
+            row[first : first + length] = sequence.tokens[start : start + length]
+            row[first + batch.chunk :] = self._page_table[sequence.slot]
+        for sample, (row, sequence) in zip(samples, batch.samples(), strict=False):
+            sample[programs.SLOT], sample[programs.ROW] = sequence.slot, row
+            sample[programs.ROOM] = sequence.limit - sequence.target
+            sample[programs.TOP_K : programs.STATE_WIDTH] = sequence.sampling_columns
+            if sequence.leader is not None and sequence.target % self._page_size:
+                last = sequence.target // self._page_size
+                sample[programs.COPY_FROM] = sequence.leader.pages[last]
+                sample[programs.COPY_TO] = sequence.pages[last]
+        self._run_prefill(control, samples, batch.chunk)
+
+    def _prefill_control(self, rows: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `programs.prefill` takes from the host, for no sequence at all."""
+        control = np.zeros((rows, programs.PREFILL_WIDTH + chunk + self._page_table.shape[1]), np.int32)
+        samples = np.zeros((self._sample_rows, programs.SAMPLE_WIDTH), np.int32)
+        samples[:, programs.SLOT] = self._padding_slot
+        return control, samples
 
     def decode(self, members: list[Sequence]) -> tuple[jax.Array, list[int]]:
         """Dispatches one decode round. Returns what `programs.decode` sampled, and each member's row in it."""
@@ -112,7 +122,7 @@ class Executor:
         slots = [sequence.slot for sequence in members]
         table = self._page_table[slots, :width]
         control = np.zeros((rows, 2 + width), np.int32)
-        control[:, 0] = self._max_slots
+        control[:, 0] = self._padding_slot
         control[seats, 0] = slots
         control[:, 1] = -1
         control[: len(loads), 1] = loads
@@ -125,30 +135,22 @@ class Executor:
         """Compiles, or loads from the compilation cache, every program that a plan can need."""
         total = len(self._prefill_shapes) + len(self._decode_shapes)
         for done, (rows, chunk) in enumerate(self._prefill_shapes, 1):
-            control = np.zeros((rows, programs.STATE_WIDTH + chunk + self._page_table.shape[1]), np.int32)
-            control[:, programs.SLOT] = self._max_slots
-            self._run_prefill(control, chunk)
+            self._run_prefill(*self._prefill_control(rows, chunk), chunk)
             if progress is not None:
                 progress(done, total)
         for done, (rows, width) in enumerate(self._decode_shapes, len(self._prefill_shapes) + 1):
             control = np.full((rows, 2 + width), -1, np.int32)
-            control[:, 0] = self._max_slots
+            control[:, 0] = self._padding_slot
             control[:, 2:] = 0
             self._use_workspace(rows, width)
             self._run_decode(control)
             if progress is not None:
                 progress(done, total)
 
-    def _run_prefill(self, control: np.ndarray, chunk: int) -> None:
+    def _run_prefill(self, control: np.ndarray, samples: np.ndarray, chunk: int) -> None:
         with self._device():
             self._pages, self._state = self._programs.prefill(
-                self._params,
-                self._pages,
-                self._state,
-                control,
-                config=self._config,
-                chunk=chunk,
-                logit_rows=self._row_floor,
+                self._params, self._pages, self._state, control, samples, config=self._config, chunk=chunk
             )
 
     def _run_decode(self, control: np.ndarray) -> jax.Array:
@@ -186,12 +188,12 @@ class Executor:
 
 
 def prefill_shapes(prefill_chunk: int, page_size: int, max_slots: int, row_floor: int) -> list[tuple[int, int]]:
-    """(rows, chunk) of the prefill programs: for each length of chunk one for little work and one for much."""
+    """(rows, chunk) of the prefill programs: short chunks in many rows, long ones in few."""
     shapes = []
     for chunk in multiples(page_size, prefill_chunk, 4):
         few = max(1, row_floor // chunk)
         many = max(few, min(power_of_two(max_slots), 4 * prefill_chunk // chunk))
-        shapes += sorted({(few, chunk), (many, chunk)})
+        shapes += [(rows, chunk) for rows in multiples(few, many, 4)]
     return shapes
 
 

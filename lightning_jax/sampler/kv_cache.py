@@ -64,6 +64,15 @@ def write(
     return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
 
 
+def copy(pages: Pages, from_n: jax.Array, to_n: jax.Array) -> Pages:
+    """Copies whole pages; (0, 0) is a copy of the scratch page to itself."""
+
+    def put(array: jax.Array) -> jax.Array:
+        return array.at[to_n].set(array.at[from_n].get(mode="promise_in_bounds"), mode="promise_in_bounds")
+
+    return Pages(put(pages.k), put(pages.v))
+
+
 def prefill_attention(
     page_table_bp: jax.Array, position_bt: jax.Array, valid_bt: jax.Array, sliding_window: int | None
 ) -> Attend:

@@ -1,7 +1,7 @@
 """The device programs: prefill, a decode round, and making weights ready for both.
 
 The state of all slots is one int32 matrix with a column per fact, floats bit-cast, and so is everything the host sends
-with a dispatch: one array in, one array out, one scatter. Row `max_slots` of the state belongs to padding.
+with a dispatch: few arrays in, one array out, one scatter. The last row of the state belongs to padding.
 """
 
 import dataclasses
@@ -20,14 +20,18 @@ from lightning_jax.sampler.request import MAX_STOP_IDS, SamplingParams
 # Columns of a slot's state. The token at `POSITION` has been sampled but not been fed to the model.
 TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, STOP = range(10)
 STATE_WIDTH = STOP + MAX_STOP_IDS
-# What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table. The columns from
-# `TOP_K` on are as in the state.
-SLOT, START, LENGTH, ROOM = range(4)
+# What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table.
+START, LENGTH, PREFILL_WIDTH = range(3)
+# And for each sequence that samples after it: its slot, its row, how many tokens it may sample (these stand where the
+# state has what is not known yet), the columns from `TOP_K` on as in the state, and a page to copy and where to. A
+# sequence that shares its row with others gets its own copy of the page that it will write to.
+SLOT, ROW, ROOM = range(3)
+COPY_FROM, COPY_TO, SAMPLE_WIDTH = range(STATE_WIDTH, STATE_WIDTH + 3)
 
 
-def init_state(max_slots: int, device: jax.sharding.Sharding | None = None) -> jax.Array:
-    """The state of idle slots, [max_slots + 1, STATE_WIDTH] int32."""
-    return jnp.zeros((max_slots + 1, STATE_WIDTH), jnp.int32, device=device)
+def init_state(num_slots: int, device: jax.sharding.Sharding | None = None) -> jax.Array:
+    """The state of idle slots, [num_slots + 1, STATE_WIDTH] int32."""
+    return jnp.zeros((num_slots + 1, STATE_WIDTH), jnp.int32, device=device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ def jitted() -> Programs:
         prepare_params=jax.jit(prepare_params, static_argnames="dtype"),
         prefill=jax.jit(
             prefill,
-            static_argnames=("config", "chunk", "logit_rows"),
+            static_argnames=("config", "chunk"),
             donate_argnames=("pages", "state"),
             compiler_options=options,
         ),
@@ -91,43 +95,42 @@ def prefill(
     pages: list[kv_cache.Pages],
     state: jax.Array,
     control: jax.Array,
+    samples: jax.Array,
     *,
     config: LlamaConfig,
     chunk: int,
-    logit_rows: int,
 ) -> tuple[list[kv_cache.Pages], jax.Array]:
-    """Computes a chunk of each row's prompt, and samples the token after it.
+    """Computes a chunk of each row's prompt, and samples the token after it for those whose prompt ends there.
 
     Args:
         params: as `prepare_params` makes them.
         pages, state: donated.
-        control: [B, STATE_WIDTH + chunk + P] int32; `SLOT` is that of padding where the prompt goes on after the chunk,
-            and `ROOM` is how many tokens may be sampled.
-        logit_rows: fewest rows that logits and what follows are computed for.
+        control: [B, PREFILL_WIDTH + chunk + P] int32.
+        samples: [N, SAMPLE_WIDTH] int32; unused ones have the slot of padding.
 
     Returns:
         The new pages and state.
     """
-    token_bt = control[:, STATE_WIDTH : STATE_WIDTH + chunk]
-    page_table_bp = control[:, STATE_WIDTH + chunk :]
+    token_bt = control[:, PREFILL_WIDTH : PREFILL_WIDTH + chunk]
+    page_table_bp = control[:, PREFILL_WIDTH + chunk :]
     start_b, length_b = control[:, START], control[:, LENGTH]
     offset_t = jnp.arange(chunk, dtype=jnp.int32)
     position_bt = start_b[:, None] + offset_t
     valid_bt = offset_t < length_b[:, None]
     attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window)
-    x_n1d, pages = llama.forward(params, config, token_bt.reshape(-1, 1), position_bt.reshape(-1, 1), attend, pages)
-    last_b = jnp.arange(length_b.size) * chunk + jnp.maximum(length_b - 1, 0)
-    padding = ((0, max(0, logit_rows - length_b.size)), (0, 0))
-    logits_bv = llama.unembed(params, config, jnp.pad(x_n1d[last_b, 0], padding))
+    x_m1d, pages = llama.forward(params, config, token_bt.reshape(-1, 1), position_bt.reshape(-1, 1), attend, pages)
+    pages = [kv_cache.copy(layer, samples[:, COPY_FROM], samples[:, COPY_TO]) for layer in pages]
 
-    position_b = start_b + length_b
-    noise_b = jnp.pad(sampling.uniform_noise(_noise_key(control), position_b[:, None]), padding)[:, 0]
-    token_b, logprob_b = _sample(logits_bv, jnp.pad(control[:, :STATE_WIDTH], padding), noise_b)
-    token_b, logprob_b = token_b[: length_b.size], logprob_b[: length_b.size]
-    remaining_b = jnp.where(_stops(token_b, control), 0, control[:, ROOM] - 1)
-    known_b4 = jnp.stack([token_b, position_b, remaining_b, _bits(logprob_b)], axis=-1)
-    rows = jnp.concatenate([known_b4, control[:, TOP_K:STATE_WIDTH]], axis=-1)
-    return pages, state.at[control[:, SLOT]].set(rows, mode="promise_in_bounds")
+    row_n = samples[:, ROW]
+    last_n = row_n * chunk + jnp.maximum(length_b[row_n] - 1, 0)
+    logits_nv = llama.unembed(params, config, x_m1d[last_n, 0])
+    position_n = start_b[row_n] + length_b[row_n]
+    noise_n1 = sampling.uniform_noise(_noise_key(samples), position_n[:, None])
+    token_n, logprob_n = _sample(logits_nv, samples, noise_n1[:, 0])
+    remaining_n = jnp.where(_stops(token_n, samples), 0, samples[:, ROOM] - 1)
+    known_n4 = jnp.stack([token_n, position_n, remaining_n, _bits(logprob_n)], axis=-1)
+    rows = jnp.concatenate([known_n4, samples[:, TOP_K:STATE_WIDTH]], axis=-1)
+    return pages, state.at[samples[:, SLOT]].set(rows, mode="promise_in_bounds")
 
 
 def decode(

@@ -55,7 +55,7 @@ class Completion:
         logprobs: [len(token_ids)] float32, nats, of the distribution sampled from (after temperature, top-k and
             top-p); of the plain softmax where the request was greedy.
         finish_reason: "stop", "length", "cancelled" or "error".
-        cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        cached_tokens: prompt tokens whose keys and values another request had computed.
         policy_version: version of the weights when the request was admitted.
         error: what went wrong, where finish_reason is "error".
     """

@@ -2,7 +2,9 @@
 
 A request's life: it waits; it is admitted to a slot with pages for its prompt, minus the prefix that others have
 computed; its prompt is prefilled in chunks; it decodes a few tokens a round; it finishes. When pages run out, the one
-admitted last goes back to the queue with the tokens it has, and later prefills prompt and tokens again.
+admitted last goes back to the queue with the tokens it has, and later prefills prompt and tokens again. A request whose
+whole prompt is that of one still being prefilled (a group of samples of one task) follows it: it computes nothing, and
+begins to sample where its leader does.
 
 The device runs programs in the order of their dispatch, and the scheduler thinks in that order: a page counts as filled
 as soon as the program that fills it has been dispatched, and a released page may be given away although a program in
@@ -34,9 +36,12 @@ class Sequence:
         pages: its KV pages in order.
         target: tokens to prefill before it decodes; all it had when it was admitted.
         computed: tokens of them whose prefill has been dispatched.
+        cached_tokens: prompt tokens that it did not have to compute when it was first admitted.
         in_flight: tokens that dispatched programs sample (at most) and the host has not read yet.
         fresh: the token that its prefill samples is in flight, and no decode round has been dispatched since.
         admitted_at: a counter; the highest is preempted first.
+        leader: the sequence whose prefill this one waits for, and whose full pages it shares.
+        followers: those that wait for this one.
     """
 
     request: Request
@@ -57,6 +62,8 @@ class Sequence:
     cached_tokens: int = 0
     done: bool = False
     node_ids: list[int] = dataclasses.field(default_factory=list)
+    leader: "Sequence | None" = None
+    followers: list["Sequence"] = dataclasses.field(default_factory=list)
     unfilled: collections.deque[tuple[int, Node]] = dataclasses.field(default_factory=collections.deque)
 
     @property
@@ -80,6 +87,14 @@ class PrefillBatch:
     rows: int
     chunk: int
     items: list[tuple[Sequence, int, int]]
+
+    def samples(self) -> Iterator[tuple[int, Sequence]]:
+        """(row, sequence) for each sequence whose prompt is complete with this dispatch."""
+        for row, (sequence, start, length) in enumerate(self.items):
+            if start + length == sequence.target:
+                yield row, sequence
+                for follower in sequence.followers:
+                    yield row, follower
 
 
 class Scheduler:
@@ -123,6 +138,7 @@ class Scheduler:
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._waiting: collections.OrderedDict[str, collections.deque[Sequence]] = collections.OrderedDict()
         self._preempted: collections.deque[Sequence] = collections.deque()
+        self._leaders: dict[bytes, Sequence] = {}  # by their tokens, those whose prefill is not complete
         self._num_waiting = 0
         self._counter = itertools.count()
 
@@ -174,6 +190,9 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence, policy_version: int) -> str:
         size, length = self.page_size, len(sequence.tokens)
         contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        leader = self._leaders.get(contents)
+        if leader is not None and leader.epoch == self.epoch:
+            return self._try_follow(sequence, leader, policy_version)
         pages, node_ids, parent = [], [], ROOT
         for i in range((length - 1) // size):  # the last token is always computed: its logits are needed
             node = self.pool.lookup(parent, contents[4 * size * i : 4 * size * (i + 1)])
@@ -184,38 +203,52 @@ class Scheduler:
             pages.append(node.page)
             node_ids.append(node.node_id)
             parent = node.node_id
-        for page in pages:
-            self.pool.retain(page)
-        new_pages = None
-        count = self._pages_for(self._after_round(sequence, length + 1)) - len(pages)
-        # A page for each running sequence stays free, or they would be preempted for the newcomer at once.
-        if self.pool.available >= count + len(self.running):
-            new_pages = self.pool.allocate(count)
-        if new_pages is None:
-            self.pool.release(pages)
+        if not self._start(sequence, pages, len(pages) * size, policy_version):
             return "no pages"
-        self._start(sequence, pages + new_pages, len(pages), policy_version)
         sequence.node_ids = node_ids
         for i in range(len(node_ids), length // size):
             node = self._insert(sequence, i, contents, ready=False)
             if node.page == sequence.pages[i]:
                 sequence.unfilled.append(((i + 1) * size, node))
+        self._leaders[contents] = sequence
         return "admitted"
 
-    def _start(self, sequence: Sequence, pages: list[int], num_cached: int, policy_version: int) -> None:
+    def _try_follow(self, sequence: Sequence, leader: Sequence, policy_version: int) -> str:
+        num_full = leader.target // self.page_size
+        if not self._start(sequence, leader.pages[:num_full], leader.target, policy_version):
+            return "no pages"
+        sequence.computed = 0  # not before the leader's prefill is dispatched
+        sequence.node_ids = leader.node_ids[:num_full]
+        sequence.leader = leader
+        leader.followers.append(sequence)
+        return "admitted"
+
+    def _start(self, sequence: Sequence, shared: list[int], num_cached: int, policy_version: int) -> bool:
+        """Gives a sequence a slot, and pages of its own after those it shares; False if there are too few."""
+        for page in shared:
+            self.pool.retain(page)
+        new = None
+        count = self._pages_for(self._after_round(sequence, len(sequence.tokens) + 1)) - len(shared)
+        # A page for each running sequence stays free, or they would be preempted for the newcomer at once.
+        if self.pool.available >= count + len(self.running):
+            new = self.pool.allocate(count)
+        if new is None:
+            self.pool.release(shared)
+            return False
         slot = self._free_slots.pop()
         self.running[slot] = sequence
         sequence.slot = slot
-        sequence.pages = pages
+        sequence.pages = [*shared, *new]
         sequence.target = len(sequence.tokens)
-        sequence.computed = num_cached * self.page_size
+        sequence.computed = num_cached
         sequence.admitted_at = next(self._counter)
         sequence.epoch = self.epoch
         if sequence.policy_version is None:
             sequence.policy_version = policy_version
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = num_cached
         self.page_table[slot] = 0
-        self.page_table[slot, : len(pages)] = pages
+        self.page_table[slot, : len(sequence.pages)] = sequence.pages
+        return True
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
@@ -227,30 +260,31 @@ class Scheduler:
         todo: dict[int, list[Sequence]] = {chunk: [] for chunk in self._chunks}
         for sequence in self.running.values():
             left = sequence.target - sequence.computed
-            if left > 0:
-                chunk = next((chunk for chunk in self._chunks if chunk >= left), self._chunks[-1])
-                todo[chunk].append(sequence)
+            if left > 0 and sequence.leader is None:
+                todo[next((chunk for chunk in self._chunks if chunk >= left), self._chunks[-1])].append(sequence)
         for chunk in reversed(self._chunks):
             sequences = todo[chunk]
             while sequences:
-                rows = next((rows for rows in self._prefill_rows[chunk] if rows >= len(sequences)), None)
-                rows = rows or self._prefill_rows[chunk][-1]
+                rows = _rows_for(len(sequences), self._prefill_rows[chunk])
                 members, sequences = sequences[:rows], sequences[rows:]
                 for shorter in self._chunks[: self._chunks.index(chunk)]:  # room left over saves dispatches
                     if len(todo[shorter]) <= rows - len(members):
                         members += todo[shorter]
                         todo[shorter] = []
-                items = [(s, s.computed, min(chunk, s.target - s.computed)) for s in members]
-                yield PrefillBatch(rows, chunk, items)
-                for sequence, start, length in items:
+                batch = PrefillBatch(rows, chunk, [(s, s.computed, min(chunk, s.target - s.computed)) for s in members])
+                yield batch
+                for sequence, start, length in batch.items:
                     self._prefilled(sequence, start + length)
 
     def _prefilled(self, sequence: Sequence, upto: int) -> None:
         sequence.computed = upto
-        if upto == sequence.target:
-            sequence.in_flight, sequence.fresh = 1, True
         while sequence.unfilled and sequence.unfilled[0][0] <= upto:
             sequence.unfilled.popleft()[1].ready = True
+        if upto == sequence.target:
+            self._forget_leader(sequence)
+            for member in (sequence, *sequence.followers):
+                member.computed, member.in_flight, member.fresh, member.leader = upto, 1, True, None
+            sequence.followers = []
 
     def plan_decode(self) -> list[Sequence] | None:
         """The sequences of the next decode round, each with pages for it; None if there are not enough pages."""
@@ -272,9 +306,7 @@ class Scheduler:
     def preempt(self) -> Sequence:
         """Sends the sequence that was admitted last back to the queue. Nothing of it may be in flight."""
         sequence = max(self.running.values(), key=lambda s: s.admitted_at)
-        self._release(sequence)
-        self._preempted.appendleft(sequence)
-        self._num_waiting += 1
+        self._send_back(sequence)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
@@ -290,7 +322,19 @@ class Scheduler:
         self.epoch += 1
         self.pool.flush()
 
+    def _send_back(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        self._preempted.appendleft(sequence)
+        self._num_waiting += 1
+
     def _release(self, sequence: Sequence) -> None:
+        while sequence.followers:
+            self._send_back(sequence.followers[-1])
+        if sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+            sequence.leader = None
+        elif sequence.computed < sequence.target:
+            self._forget_leader(sequence)
         for _, node in sequence.unfilled:
             self.pool.discard(node)
         sequence.unfilled.clear()
@@ -301,6 +345,11 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.node_ids, sequence.slot = [], [], None
         sequence.in_flight, sequence.fresh = 0, False
+
+    def _forget_leader(self, sequence: Sequence) -> None:
+        contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        if self._leaders.get(contents) is sequence:
+            del self._leaders[contents]
 
     def _remember(self, sequence: Sequence) -> None:
         """Adds the full pages of sampled tokens to the prefix tree. The newest token is not in the cache yet."""
@@ -324,3 +373,11 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+
+def _rows_for(count: int, choices: list[int]) -> int:
+    """Rows of the next dispatch for `count` sequences: a few full dispatches rather than one that is half empty."""
+    enough = next((rows for rows in choices if rows >= count), None)
+    if enough is not None and (2 * count > enough or enough == choices[0]):
+        return enough
+    return max(rows for rows in choices if rows <= count)

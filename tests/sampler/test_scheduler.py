@@ -49,7 +49,9 @@ class Device:
             if position < start:
                 assert self.written.get((page, offset)) == tuple(tokens[: position + 1]), "reads what is not there"
             else:
-                others = [s for s in self.scheduler.running.values() if s is not sequence and page in s.pages]
+                others = [
+                    s for s in self.scheduler.running.values() if page in s.pages and sequence not in (s, s.leader)
+                ]
                 assert not others, "writes to a page that another sequence has"
                 self.written[page, offset] = tuple(tokens[: position + 1])
 
@@ -61,6 +63,12 @@ class Device:
             for member, start, length in batch.items:
                 assert 0 < length <= batch.chunk
                 self.write(member, member.tokens, start, start + length)
+            for row, member in batch.samples():
+                leader, page = batch.items[row][0], member.target // PAGE_SIZE
+                if member is not leader:
+                    assert member.tokens == leader.tokens
+                    for offset in range(member.target % PAGE_SIZE):  # the copy of the page that is not full
+                        self.written[member.pages[page], offset] = self.written[leader.pages[page], offset]
         members = self.scheduler.plan_decode()
         while members is None:
             self.scheduler.preempt()
@@ -141,30 +149,50 @@ def test_cancelling_and_flushing_at_any_time_leaks_nothing(prompts, ends, data):
     assert scheduler.pool.available == 20
 
 
-def test_a_group_waits_for_the_first_ones_prefill_and_reuses_its_pages():
+def test_a_group_is_prefilled_once():
     scheduler = make(max_slots=8)
-    prompt = list(range(10))
-    for i in range(6):
-        scheduler.add(sequence(str(i), prompt))
-    assert len(scheduler.admit(0)) == 1
-    (first,) = scheduler.plan_prefill()
-    assert sum(length for _, _, length in first.items) == 8  # a chunk of 8, two pages
-    assert scheduler.num_waiting == 5
-    followers = scheduler.admit(0)
-    assert len(followers) == 5 and all(member.cached_tokens == 8 for member in followers)
-    (second,) = scheduler.plan_prefill()
-    assert [length for _, _, length in second.items] == [2] * 6
+    group = [sequence(str(i), list(range(10))) for i in range(6)]
+    for member in group:
+        scheduler.add(member)
+    assert scheduler.admit(0) == group
+    computed = 0
+    for _ in range(2):  # 10 tokens in chunks of 8
+        for batch in scheduler.plan_prefill():
+            computed += sum(length for _, _, length in batch.items)
+            sampling = [member for _, member in batch.samples()]
+    assert computed == 10
+    assert sampling == group
+    assert scheduler.plan_decode() == group
+    assert len({tuple(member.pages[:2]) for member in group}) == 1, "full pages are shared"
+    assert len({member.pages[2] for member in group}) == 6, "the page that is written to is not"
 
 
-def test_cancelling_the_one_that_a_group_waits_for_lets_the_next_one_compute():
-    scheduler = make()
-    first, second = sequence("a", list(range(10))), sequence("b", list(range(10)))
+def test_a_prompt_with_another_beginning_in_progress_waits_for_it():
+    scheduler = make(max_slots=8)
+    first, second = sequence("a", list(range(10))), sequence("b", [*range(8), 99, 98, 97])
     scheduler.add(first)
     scheduler.add(second)
     assert scheduler.admit(0) == [first]
-    scheduler.finish(first)
+    assert scheduler.admit(0) == []
+    next(iter(scheduler.plan_prefill()))
+    for _ in scheduler.plan_prefill():
+        pass
     assert scheduler.admit(0) == [second]
-    assert second.cached_tokens == 0
+    assert second.cached_tokens == 8
+
+
+@pytest.mark.parametrize("prompt", [[*range(10)], [*range(8), 99, 98]])
+def test_cancelling_the_one_that_others_wait_for_lets_the_next_one_compute(prompt):
+    scheduler = make()
+    first, second = sequence("a", list(range(10))), sequence("b", prompt)
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.admit(0)
+    scheduler.finish(first)
+    device = Device(scheduler)
+    run(device)
+    assert len(device.sampled["b"]) == 5
+    assert second.computed == 10 and scheduler.pool.available == 40
 
 
 def test_waiting_requests_are_admitted_in_turns_of_their_fairness_keys():
@@ -214,7 +242,7 @@ def test_too_few_pages_for_one_sequence_are_refused():
 def test_prefill_joins_short_chunks_to_long_ones_where_rows_are_free():
     scheduler = make(max_slots=4)
     rng = np.random.default_rng(0)
-    for i, length in enumerate((8, 7, 3, 2)):
+    for i, length in enumerate((8, 7, 6, 2)):
         scheduler.add(sequence(str(i), rng.integers(0, 1000, length).tolist()))
     scheduler.admit(0)
     (batch,) = scheduler.plan_prefill()

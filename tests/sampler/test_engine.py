@@ -1,0 +1,353 @@
+"""The engine: the same tokens in any company, and what happens to requests that do not end by themselves."""
+
+import dataclasses
+import logging
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax.model import llama
+from lightning_jax.model.attention import segment_attention
+from lightning_jax.sampler import programs
+from lightning_jax.sampler.engine import QueueFull, Request, SamplingParams, noise_key
+from tests.sampler.conftest import SMALL, Runner, random_model, run
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+def plain_logprobs(model, tokens: list[int]) -> np.ndarray:
+    """log-softmax of every position, [len(tokens), V], by the learner's attention on the whole sequence."""
+    token_bt = np.zeros((1, 256), np.int32)
+    token_bt[0, : len(tokens)] = tokens
+    segment_bt = (np.arange(256) < len(tokens)).astype(np.int32)[None]
+    position_bt = np.arange(256, dtype=np.int32)[None]
+
+    @jax.jit
+    def forward(params, token_bt):
+        attend = segment_attention(segment_bt, position_bt, model.config.sliding_window)
+        x_btd, _ = llama.forward(params, model.config, token_bt, position_bt, attend)
+        return jax.nn.log_softmax(llama.unembed(params, model.config, x_btd[0]))
+
+    return np.asarray(forward(model.params, token_bt))[: len(tokens)]
+
+
+def mixed_requests(prompts) -> list[tuple[str, list[int], SamplingParams]]:
+    """Different lengths, temperatures and filters; several share a prompt."""
+    rng = np.random.default_rng(1)
+    requests = []
+    for i in range(20):
+        sampling = SamplingParams(
+            temperature=float(rng.choice([0.0, 0.7, 1.0])),
+            top_p=float(rng.choice([0.8, 1.0])),
+            top_k=int(rng.choice([0, 10])),
+            max_tokens=int(rng.integers(1, 90)),
+            noise_key=noise_key("mixed", i),
+        )
+        requests.append((f"r{i}", prompts[i % len(prompts)], sampling))
+    return requests
+
+
+def assert_same(found, expected, *, bits: bool = True) -> None:
+    for name, completion in found.items():
+        assert completion.token_ids == expected[name].token_ids, name
+        assert completion.finish_reason == expected[name].finish_reason, name
+        if bits:
+            np.testing.assert_array_equal(completion.logprobs, expected[name].logprobs, err_msg=name)
+        else:
+            np.testing.assert_allclose(completion.logprobs, expected[name].logprobs, atol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def expected(small, prompts):
+    """`mixed_requests`, all at once, with room for everyone."""
+    return run(small.engine(max_slots=32), mixed_requests(prompts))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"max_slots": 3}, id="few slots"),
+        pytest.param({"num_pages": 18}, id="few pages, so preemption"),
+        pytest.param({"decode_steps": 7, "page_size": 8}, id="other rounds and pages"),
+        pytest.param({"prefill_chunk": 16}, id="chunks of 16"),
+    ],
+)
+def test_company_layout_and_preemption_change_no_bit(small, prompts, expected, changes):
+    engine = small.engine(**changes)
+    requests = mixed_requests(prompts)
+    assert_same(run(engine, reversed(requests)), expected)
+    assert_same(run(engine, requests, between=engine.step), expected)  # now with prefixes in the cache
+    stats = engine.stats()
+    assert stats["cached_tokens"] > 0
+    assert (stats["preemptions"] > 0) == ("num_pages" in changes)
+    assert stats["running"] == 0 and stats["free_pages"] == stats["num_pages"]
+
+
+def test_alone_is_as_in_company(small, prompts, expected):
+    engine = small.engine(max_slots=32)
+    for request in mixed_requests(prompts)[::3]:
+        assert_same(run(engine, [request]), expected)
+
+
+def test_fewer_rows_change_no_token(small, prompts, expected):
+    """A low row floor rounds differently; tokens with random noise differ only where that crosses a boundary."""
+    assert_same(run(small.engine(row_floor=8), mixed_requests(prompts)), expected, bits=False)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_recorded_logprobs_are_the_models(prompts, window):
+    model = random_model(dataclasses.replace(SMALL, sliding_window=window, num_kv_heads=4))
+    sampling = SamplingParams(max_tokens=60, noise_key=(1, 2), ignore_eos=True)
+    done = run(model.engine(), [(str(i), prompt, sampling) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        tokens = done[str(i)].token_ids
+        logprobs = plain_logprobs(model, prompt + tokens)[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(done[str(i)].logprobs, logprobs[np.arange(len(tokens)), tokens], atol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence(small, prompts):
+    done = run(small.engine(), [(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        tokens = done[str(i)].token_ids
+        likeliest = plain_logprobs(small, prompt + tokens)[len(prompt) - 1 : -1].argmax(axis=-1)
+        assert tokens == likeliest.tolist()
+
+
+def test_sampling_again_with_another_key_gives_other_tokens(small, prompts):
+    keys = [noise_key("seed", i) for i in range(8)]
+    requests = [(str(i), prompts[0], SamplingParams(max_tokens=20, noise_key=key)) for i, key in enumerate(keys)]
+    done = run(small.engine(), requests)
+    assert len({tuple(completion.token_ids) for completion in done.values()}) == 8
+
+
+def test_a_groups_prompt_is_computed_once(small, prompts):
+    engine = small.engine()
+    requests = [(str(i), prompts[2], SamplingParams(max_tokens=3, noise_key=(i, 0))) for i in range(8)]
+    done = run(engine, requests)
+    assert engine.stats()["prefill_tokens"] == len(prompts[2])
+    assert sorted(completion.cached_tokens for completion in done.values()) == [0] + [len(prompts[2])] * 7
+
+
+def test_a_next_turn_reuses_the_pages_of_prompt_and_reply(small, prompts):
+    engine = small.engine()
+    first = run(engine, [("a", prompts[2], SamplingParams(max_tokens=30, ignore_eos=True))])["a"]
+    conversation = [*prompts[2], *first.token_ids, 5, 6, 7]
+    second = run(engine, [("b", conversation, GREEDY)])["b"]
+    full_pages = (len(prompts[2]) + 30 - 1) // 16  # the last token was never fed
+    assert second.cached_tokens == full_pages * 16
+    assert_same({"b": second}, run(small.engine(), [("b", conversation, GREEDY)]))
+
+
+def test_stop_ids_eos_and_length(small, prompts):
+    free = SamplingParams(max_tokens=40, noise_key=(3, 3), ignore_eos=True)
+    tokens = run(small.engine(), [("free", prompts[0], free)])["free"].token_ids
+    stop = tokens[10]
+    cut = tokens[: tokens.index(stop) + 1]
+    engine = small.engine(eos_ids=(stop,))
+    done = run(
+        engine,
+        [
+            ("stop", prompts[0], dataclasses.replace(free, stop_ids=(stop,))),
+            ("eos", prompts[0], dataclasses.replace(free, ignore_eos=False)),
+            ("free", prompts[0], free),
+            ("one", prompts[0], dataclasses.replace(free, max_tokens=1)),
+            ("full", prompts[3], dataclasses.replace(free, max_tokens=1000)),
+        ],
+    )
+    assert done["stop"].token_ids == cut and done["stop"].finish_reason == "stop"
+    assert done["eos"].token_ids == cut and done["eos"].finish_reason == "stop"
+    assert done["free"].token_ids == tokens and done["free"].finish_reason == "length"
+    assert done["one"].token_ids == tokens[:1] and done["one"].finish_reason == "length"
+    assert len(done["full"].token_ids) == 256 - len(prompts[3]) and done["full"].finish_reason == "length"
+
+
+def test_a_stop_string_keeps_what_the_caller_says(small, prompts):
+    sampling = SamplingParams(max_tokens=50, noise_key=(3, 3), ignore_eos=True)
+    tokens = run(small.engine(), [("a", prompts[0], sampling)])["a"].token_ids
+    seen, streamed = [], []
+
+    def should_stop(ids):
+        seen.append(list(ids))
+        return 9 if len(ids) >= 11 else None
+
+    runner = Runner(small.engine())
+    on_tokens = lambda ids, logprobs: streamed.extend(zip(ids, logprobs, strict=True))  # noqa: E731
+    runner.submit("a", prompts[0], sampling, should_stop=should_stop, on_tokens=on_tokens)
+    done = runner.finish()["a"]
+    assert done.token_ids == tokens[:9] and done.finish_reason == "stop" and len(done.logprobs) == 9
+    assert all(ids == tokens[: len(ids)] for ids in seen)
+    assert [token for token, _ in streamed] == tokens[:9]
+    np.testing.assert_array_equal([logprob for _, logprob in streamed], done.logprobs)
+
+
+def test_cancel_while_waiting_prefilling_and_running(small, prompts):
+    engine = small.engine(max_slots=2, prefill_chunk=16)
+    runner = Runner(engine)
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+    for name in ("running", "other", "waiting"):
+        runner.submit(name, prompts[0], sampling)
+    runner.submit("at once", prompts[1], sampling)
+    engine.cancel("at once")
+    engine.step()
+    engine.step()
+    engine.cancel("waiting")
+    engine.cancel("running")
+    engine.cancel("nobody")
+    engine.step()
+    assert {name: done.finish_reason for name, done in runner.done.items()} == dict.fromkeys(
+        ("at once", "waiting", "running"), "cancelled"
+    )
+    assert 0 < len(runner.done["running"].token_ids) < 100 and runner.done["waiting"].token_ids == []
+    done = runner.finish()
+    assert len(done["other"].token_ids) == 100
+    assert_same({"other": done["other"]}, run(small.engine(), [("other", prompts[0], sampling)]))
+    assert engine.stats()["free_pages"] == engine.stats()["num_pages"]
+
+
+def test_turns_of_two_callers_alternate(small, prompts):
+    engine = small.engine(max_slots=1)
+    runner = Runner(engine)
+    for name in ("a1", "a2", "a3", "b1"):
+        runner.submit(name, prompts[4], SamplingParams(max_tokens=2, noise_key=noise_key(name)), fairness_key=name[0])
+    runner.finish()
+    assert runner.order == ["a1", "b1", "a2", "a3"]
+
+
+def test_what_does_not_fit_is_refused(small, prompts):
+    engine = small.engine(max_queue=2)
+    runner = Runner(engine)
+    with pytest.raises(ValueError, match="256 tokens; with room for a reply no more than 255 fit"):
+        runner.submit("long", [1] * 256, GREEDY)
+    with pytest.raises(ValueError, match="empty"):
+        runner.submit("empty", [], GREEDY)
+    with pytest.raises(ValueError, match="outside the vocabulary of 151"):
+        runner.submit("foreign", [151], GREEDY)
+    with pytest.raises(ValueError, match="stop ids"):
+        runner.submit("stops", [1], SamplingParams(stop_ids=tuple(range(16))))
+    runner.submit("a", prompts[0], GREEDY)
+    with pytest.raises(ValueError, match="in flight"):
+        runner.submit("a", prompts[0], GREEDY)
+    runner.submit("b", prompts[0], GREEDY)
+    with pytest.raises(QueueFull):
+        runner.submit("c", prompts[0], GREEDY)
+    assert set(runner.finish()) == {"a", "b"}
+    runner.submit("c", prompts[0], GREEDY)  # there is room again
+    assert "c" in runner.finish()
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}])
+def test_sampling_parameters_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+def test_idle_does_nothing(small):
+    engine = small.engine()
+    before = engine.stats()
+    assert not engine.step()
+    assert engine.stats() == before
+
+
+def test_published_weights_are_used_at_once_and_old_prefixes_forgotten(small, prompts):
+    other = random_model(SMALL, seed=7)
+    engine = small.engine(version=3)
+    sampling = SamplingParams(max_tokens=60, noise_key=(5, 5), ignore_eos=True)
+    runner = Runner(engine)
+    runner.submit("across", prompts[2], sampling)
+    for _ in range(3):
+        engine.step()
+    engine.publish(other.params, version=4)
+    runner.submit("after", prompts[2], sampling)
+    done = runner.finish()
+    assert done["across"].policy_version == 3 and done["after"].policy_version == 4
+    assert done["after"].cached_tokens == 0
+    assert_same({"after": done["after"]}, run(other.engine(), [("after", prompts[2], sampling)]))
+    before = run(small.engine(), [("across", prompts[2], sampling)])["across"].token_ids
+    common = [a == b for a, b in zip(done["across"].token_ids, before, strict=True)]
+    assert common[0] and not all(common)
+
+
+def test_the_engine_keeps_its_own_copy_of_the_weights(small, prompts):
+    params = jax.tree.map(jnp.copy, small.params)
+    engine = dataclasses.replace(small, params=params).engine()
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    assert_same(run(engine, [("a", prompts[0], GREEDY)]), run(small.engine(), [("a", prompts[0], GREEDY)]))
+
+
+def test_nothing_is_compiled_after_warmup(small, prompts):
+    engine = small.engine(max_slots=16, decode_steps=5)
+    seen = []
+    engine.warmup(lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, seen[0][1] + 1))
+    compiled = programs.jitted().compilations()
+    run(engine, mixed_requests(prompts), between=engine.step)
+    engine.publish(small.params, 1)
+    run(engine, mixed_requests(prompts))
+    assert programs.jitted().compilations() == compiled
+
+
+def test_weights_that_are_not_finite_end_requests_with_an_error(small, prompts):
+    engine = small.engine()
+    engine.publish(jax.tree.map(lambda leaf: leaf * jnp.nan, small.params), 1)
+    done = run(engine, [("a", prompts[0], SamplingParams(max_tokens=20))])["a"]
+    assert done.finish_reason == "error" and "not finite" in done.error
+
+
+def test_a_callers_error_ends_its_own_request_only(small, prompts, caplog):
+    runner = Runner(small.engine())
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+
+    def broken(ids):
+        raise KeyError("mine")
+
+    with caplog.at_level(logging.CRITICAL):
+        runner.submit("broken", prompts[0], sampling, should_stop=broken)
+        runner.submit("fine", prompts[0], sampling)
+        done = runner.finish()
+    assert done["broken"].finish_reason == "error" and "mine" in done["broken"].error
+    assert len(done["fine"].token_ids) == 20
+
+
+def test_fail_all_ends_everyone(small, prompts):
+    engine = small.engine(max_slots=1)
+    runner = Runner(engine)
+    for name in "ab":
+        runner.submit(name, prompts[0], SamplingParams(max_tokens=50, ignore_eos=True))
+    engine.step()
+    runner.submit("c", prompts[0], GREEDY)
+    engine.fail_all("out of memory")
+    assert {done.error for done in runner.done.values()} == {"out of memory"} and len(runner.done) == 3
+
+
+def test_submitting_from_many_threads(small, prompts):
+    engine = small.engine()
+    done = {}
+
+    def caller(i):
+        for j in range(5):
+            name = f"{i}-{j}"
+            engine.submit(Request(name, prompts[j], GREEDY, on_done=lambda c: done.__setitem__(c.request_id, c)))
+
+    threads = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or engine.step():
+        engine.step()
+    assert len(done) == 40
+    for j in range(5):
+        assert len({tuple(done[f"{i}-{j}"].token_ids) for i in range(8)}) == 1
+
+
+def test_bfloat16_agrees_with_float32_up_to_its_rounding(small, prompts):
+    engine = small.engine(dtype=jnp.bfloat16)
+    sampling = SamplingParams(max_tokens=20, noise_key=(1, 1), ignore_eos=True)
+    done = run(engine, [(str(i), prompt, sampling) for i, prompt in enumerate(prompts)])
+    differences = []
+    for i, prompt in enumerate(prompts):
+        tokens = done[str(i)].token_ids
+        logprobs = plain_logprobs(small, prompt + tokens)[len(prompt) - 1 : -1][np.arange(len(tokens)), tokens]
+        differences.append(np.abs(done[str(i)].logprobs - logprobs))
+    assert np.concatenate(differences).mean() < 0.05
