@@ -9,6 +9,7 @@ from agent_lightning.exceptions import (
     AgentLightningError,
     DataUploadError,
     InvalidConfigError,
+    KeyRefusedError,
     ServerConnectionError,
     TrainingError,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "DataUploadError",
     "EvalResult",
     "InvalidConfigError",
+    "KeyRefusedError",
     "Pool",
     "Resource",
     "ServerConnectionError",

@@ -17,6 +17,10 @@ class ServerConnectionError(AgentLightningError):
     """The server could not be reached, or it stopped answering."""
 
 
+class KeyRefusedError(ServerConnectionError):
+    """The server does not accept the API key, or wants one and got none. Trying again does not help."""
+
+
 class TrainingError(AgentLightningError):
     """A training or evaluation job failed."""
 

@@ -11,11 +11,12 @@ import time
 import uuid
 from collections.abc import Callable
 
-from agent_lightning.exceptions import ServerConnectionError
+from agent_lightning.exceptions import KeyRefusedError, ServerConnectionError
 from agent_lightning.transport import Transport
 
 ENDED_JOB = frozenset({"succeeded", "failed", "stopped"})
 POLL_S = 10.0  # how long the server may hold a request for leases
+RETRY_S = 0.5  # between an exchange that failed, after the transport's own retries, and the next
 HEARTBEAT_S = 2.0  # how often a pool with nothing to report says so, and hears what is no longer wanted
 
 
@@ -120,7 +121,12 @@ class Leases:
         self._exchange([], want, POLL_S)
 
     def _exchange(self, results: list[dict], want: int, wait_s: float) -> None:
-        """One exchange, repeated until the server answers, and what its reply means."""
+        """One exchange, repeated until the server answers, and what its reply means.
+
+        Raises:
+            KeyRefusedError: at once, since trying again would not help.
+            ServerConnectionError: no answer for `give_up_s`.
+        """
         sent = {result["lease_id"] for result in results}
         failing_since = None
         while True:
@@ -136,11 +142,16 @@ class Leases:
             try:
                 reply = self._transport.request("POST", self._path, json=body)
                 break
+            except KeyRefusedError:
+                raise
             except ServerConnectionError:
                 now = time.monotonic()
                 failing_since = failing_since or now
-                if self._stopped or now - failing_since > self._give_up_s:
+                if now - failing_since > self._give_up_s:
                     raise
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._stopped, timeout=RETRY_S):
+                        raise
         with self._changed:
             self._asked -= want
             self._held -= sent.union(reply["cancelled"])

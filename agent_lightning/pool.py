@@ -113,6 +113,7 @@ class Pool:
             TrainingError: the agent cannot be loaded; holds its traceback.
             InvalidConfigError: the agent script does not say which function is the agent.
             ServerConnectionError: the server stayed away for `give_up_s`.
+            KeyRefusedError: the server does not accept the API key.
         """
         self._hello = {"agent": self._agent, "pythonpath": os.environ.get("PYTHONPATH")}
         self._selector = selectors.DefaultSelector()

@@ -64,7 +64,8 @@ class Transport:
             max_retries: instead of the transport's own.
 
         Raises:
-            ServerConnectionError: no usable answer after all retries, or the API key was refused.
+            ServerConnectionError: no usable answer after all retries.
+            KeyRefusedError: the API key was refused; this is a ServerConnectionError too.
             AgentLightningError: the server's own error, as the class it names.
         """
         retries = self.max_retries if max_retries is None else max_retries
@@ -118,7 +119,7 @@ def _error_from(response) -> Exception:
         name, message, hint = None, response.text[:500], None
     status = response.status_code
     if status in (401, 403):
-        return exceptions.ServerConnectionError(
+        return exceptions.KeyRefusedError(
             f"the server refused the API key: {message}", hint=hint or f"pass api_key= or set {settings.API_KEY}"
         )
     kind = getattr(exceptions, str(name), None)

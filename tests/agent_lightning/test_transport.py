@@ -7,7 +7,13 @@ import time
 
 import pytest
 
-from agent_lightning import AgentLightningError, DataUploadError, InvalidConfigError, ServerConnectionError
+from agent_lightning import (
+    AgentLightningError,
+    DataUploadError,
+    InvalidConfigError,
+    KeyRefusedError,
+    ServerConnectionError,
+)
 from agent_lightning.transport import Transport
 
 
@@ -110,7 +116,8 @@ def test_the_key_is_sent(answering):
     [
         ((422, {}, {"error": {"type": "DataUploadError", "message": "line 3: bad"}}), DataUploadError, "line 3: bad"),
         ((400, {}, {"error": {"type": "InvalidConfigError", "message": "no", "hint": "so"}}), InvalidConfigError, "so"),
-        ((401, {}, {"error": {"type": "authentication_error", "message": "no"}}), ServerConnectionError, "API_KEY"),
+        ((401, {}, {"error": {"type": "authentication_error", "message": "no"}}), KeyRefusedError, "API_KEY"),
+        ((403, {}, b"not for you"), KeyRefusedError, "refused the API key: not for you"),
         ((404, {}, {"detail": "Not Found"}), AgentLightningError, r"POST / failed \(404\)"),
         ((400, {}, {"error": {"type": "SystemExit", "message": "m"}}), AgentLightningError, r"\(400\): m"),
     ],

@@ -1,0 +1,78 @@
+"""A pool's line to a server that is in trouble: how often it asks, and when it gives up."""
+
+import http.server
+import threading
+import time
+
+import pytest
+
+from agent_lightning import KeyRefusedError, Pool, ServerConnectionError
+from tests.agent_lightning.conftest import wait_until
+
+
+class Always(http.server.ThreadingHTTPServer):
+    """Answers every request with one status, and notes when each arrived."""
+
+    def __init__(self, status: int):
+        server, self.times = self, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                server.times.append(time.monotonic())
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_error(status)
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def always():
+    servers = []
+
+    def start(status):
+        servers.append(Always(status))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_in_trouble_is_asked_a_few_times_a_second(always):
+    server = always(503)
+    pool = Pool(server.url, "job", lambda resource, task: 1, 1, max_retries=0, give_up_s=1.5)
+    with pytest.raises(ServerConnectionError, match="the server answered 503"):
+        pool.run()
+    assert server.times[-1] - server.times[0] >= 1.0
+    assert 4 <= len(server.times) <= 12  # two threads, each every 0.5 s
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_pool_at_once(always, status):
+    server = always(status)
+    pool = Pool(server.url, "job", lambda resource, task: 1, 1, api_key="wrong", give_up_s=300.0)
+    start = time.monotonic()
+    with pytest.raises(KeyRefusedError, match="(?s)refused the API key.*AGENT_LIGHTNING_API_KEY"):
+        pool.run()
+    assert time.monotonic() - start < 20  # most of it for the worker's end
+    assert len(server.times) <= 2
+
+
+def test_stop_ends_the_waiting_between_exchanges(always, monkeypatch):
+    monkeypatch.setattr("agent_lightning.leases.RETRY_S", 1000.0)
+    server = always(503)
+    pool = Pool(server.url, "job", lambda resource, task: 1, 1, max_retries=0)
+    before = set(threading.enumerate())
+    thread = threading.Thread(target=pool.run)
+    thread.start()
+    wait_until(lambda: len(server.times) == 2)
+    pool.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    wait_until(lambda: not any(t.name.startswith("leases") for t in set(threading.enumerate()) - before))
