@@ -59,6 +59,7 @@ class Rollouts:
         self._leases: dict[str, Attempt] = {}
         self._tokens: dict[str, Attempt] = {}
         self._pools: dict[str, float] = {}
+        self._heard: dict[str, float] = {}  # when rollouts of a job were opened or a pool last spoke for it
         self._ticked = time.monotonic()
 
     # ---- the training loop's side ----
@@ -78,6 +79,7 @@ class Rollouts:
             self._database.write((f"INSERT INTO rollouts ({columns}) VALUES ({', '.join('?' * 11)})", rows))
             self._open.update((rollout.rollout_id, rollout) for rollout in rollouts)
             self._waiting[job_id].extend(rollouts)
+            self._heard[job_id] = time.monotonic()
             self._changed.notify_all()
         self._announce()
         return [rollout.rollout_id for rollout in rollouts]
@@ -135,6 +137,13 @@ class Rollouts:
         )
         self._jobs.discard_events(job_id, step)
 
+    def silent_s(self, job_id: str) -> float:
+        """See `Store.silent_s`."""
+        now = time.monotonic()
+        with self._changed:
+            self._tick(now)
+            return now - self._heard.get(job_id, now)
+
     # ---- the worker pool's side ----
 
     def report(self, job_id: str, pool_id: str, results: Sequence[dict], running: Sequence[str]) -> None:
@@ -142,7 +151,7 @@ class Rollouts:
         ended = []
         now = time.monotonic()
         with self._changed:
-            self._pools[pool_id] = now
+            self._pools[pool_id] = self._heard[job_id] = now
             for result in results:
                 lease = self._leases.get(result["lease_id"])
                 if lease is not None and lease.job_id == job_id:
@@ -158,8 +167,8 @@ class Rollouts:
     def grant(self, job_id: str, pool_id: str, running: Sequence[str], want: int) -> dict:
         """The reply to an exchange as things stand: up to `want` new leases, and which of `running` have ended."""
         with self._changed:
-            self._pools[pool_id] = time.monotonic()
             status = self._jobs.get(job_id)["status"]
+            self._pools[pool_id] = self._heard[job_id] = time.monotonic()
             waiting = self._waiting[job_id] if job_id in self._waiting else ()
             attempts = []
             while len(attempts) < want and waiting:
@@ -186,9 +195,7 @@ class Rollouts:
         ended = []
         now = time.monotonic()
         with self._changed:
-            late, self._ticked = now - self._ticked - _TICK_S, now
-            if late > _STALL_S:
-                self._pools = {pool_id: min(now, seen + late) for pool_id, seen in self._pools.items()}
+            self._tick(now)
             for lease in list(self._leases.values()):
                 if now - self._pools[lease.pool_id] > POOL_SILENCE_S:
                     ended.append(self._give_up(lease, "lost", f"its worker pool was silent for {POOL_SILENCE_S:.0f} s"))
@@ -197,6 +204,13 @@ class Rollouts:
             if ended:
                 self._changed.notify_all()
         self._after_end(ended)
+
+    def _tick(self, now: float) -> None:
+        """Takes the time during which this process stood still out of every pool's silence; called in `wait`."""
+        late, self._ticked = now - self._ticked - _TICK_S, now
+        if late > _STALL_S:
+            for times in (self._pools, self._heard):
+                times.update({name: min(now, seen + late) for name, seen in times.items()})
 
     # ---- model_api's side ----
 

@@ -176,6 +176,14 @@ class Store:
         """
         self._rollouts.wait(job_id, rollout_ids, stop, progress)
 
+    def silent_s(self, job_id: str) -> float:
+        """Seconds since a pool last spoke for the job, or since rollouts were opened if that was later.
+
+        0 before the first. To be asked in the `stop` of `wait`: a pause of several seconds between two questions counts
+        as this process having stood still, when no pool could reach it.
+        """
+        return self._rollouts.silent_s(job_id)
+
     def finished(self, rollout_ids: Sequence[int]) -> list[RolloutRecord]:
         """Those of these rollouts that succeeded or failed, in the given order, each with its last attempt's calls."""
         return self._rollouts.finished(rollout_ids)

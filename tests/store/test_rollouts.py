@@ -162,6 +162,38 @@ def test_a_silent_pools_leases_are_given_up(store, job, monkeypatch):
     assert store.finished(ids)[0].reward == 0.2
 
 
+def test_how_long_no_pool_has_spoken_for_a_job(store, job):
+    """Opening rollouts, a report and a question for leases begin the silence anew; another job's pools do not."""
+    assert store.silent_s(job) == 0.0
+    begin_silence = [
+        lambda: open_some(store, job),
+        lambda: store.report(job, "pool", [], []),
+        lambda: store.grant(job, "pool", [], 0),
+    ]
+    other = store.create_job({"kind": "train"})
+    for begin in begin_silence:
+        begin()
+        time.sleep(0.2)
+        store.exchange(other, "pool", [], [], 0)
+        assert 0.2 <= store.silent_s(job) < 5.0
+        begin()
+        assert store.silent_s(job) < 0.2
+
+
+def test_a_wait_can_end_when_no_pool_comes(store, job):
+    ids = open_some(store, job)
+    store.wait(job, ids, stop=lambda: store.silent_s(job) > 0.3)
+    assert store.silent_s(job) > 0.3 and store.finished(ids) == []
+
+
+def test_the_time_this_process_stood_still_is_not_silence(store, job):
+    open_some(store, job)
+    store._rollouts.reclaim()
+    store._rollouts._heard[job] -= 700.0  # as after a stop signal: the last tick and the last word are as old
+    store._rollouts._ticked -= 700.0
+    assert store.silent_s(job) < 5.0
+
+
 def test_a_rollout_far_past_its_time_is_given_up(store, job, monkeypatch):
     monkeypatch.setattr(rollouts, "TIMEOUT_GRACE_S", 0.0)
     ids = open_some(store, job, timeout_s=0.2, max_attempts=1)
