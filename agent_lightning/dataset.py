@@ -1,6 +1,7 @@
 """Reading JSONL datasets before they are uploaded."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def check_file(path: str | os.PathLike, digest: "hashlib._Hash") -> int:
                 digest.update(line)
                 text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
                 if text:
-                    _check_line(text, f"{os.fspath(path)}, line {number}")
+                    if fault := line_fault(text):
+                        raise DataUploadError(f"{os.fspath(path)}, line {number}: {fault[0]}", hint=fault[1])
                     tasks += 1
     except OSError as error:
         raise DataUploadError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
@@ -40,14 +42,25 @@ def read_chunks(path: str | os.PathLike) -> Iterator[bytes]:
             yield chunk
 
 
-def _check_line(text: bytes, where: str) -> None:
+def line_fault(line: bytes) -> tuple[str, str] | None:
+    """What keeps one line of a dataset from being a task, and what would be right; None if it is one.
+
+    The server asks the same of what it is sent.
+    """
     try:
-        task = json.loads(text)
-    except ValueError as error:
-        raise DataUploadError(f"{where}: not valid JSON: {error}", hint="every line must be one JSON object") from None
+        task = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        return f"not valid JSON: {error.msg} at character {error.pos + 1}", "every line must be one JSON object"
+    except (ValueError, RecursionError) as error:  # not UTF-8, a constant, a number of too many digits, deep nesting
+        return f"not valid JSON: {error}", "every line must be one JSON object"
     if not isinstance(task, dict):
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(task), "a number")
-        raise DataUploadError(f"{where}: {kind}, not an object", hint='write {"question": ...} on every line')
+        return f"{kind}, not an object", 'write {"question": ...} on every line'
     if task.get("question") is None:
-        found = ", ".join(map(repr, list(task)[:8])) or "none"
-        raise DataUploadError(f"{where}: the field 'question' is missing (fields found: {found})")
+        found = ", ".join(map(repr, itertools.islice(task, 8))) or "none"
+        return f"the field 'question' is missing (fields found: {found})", "name the field that holds the task so"
+    return None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

@@ -22,6 +22,7 @@ from agent_lightning.agent_source import pack_agent
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
 from agent_lightning.framing import pack
 from agent_lightning.leases import ENDED_JOB, Leases
+from agent_lightning.loopback import direct
 from agent_lightning.transport import Transport
 from agent_lightning.worker_process import State, WorkerProcess
 
@@ -169,7 +170,8 @@ class Pool:
                 return
             if worker_id in self._workers:
                 continue
-            worker = WorkerProcess(worker_id, pack(self._hello | {"worker_id": worker_id}), self._start_timeout_s)
+            hello = pack(self._hello | {"worker_id": worker_id})
+            worker = WorkerProcess(worker_id, hello, direct(self._server_url), self._start_timeout_s)
             self._workers[worker_id] = worker
             self._selector.register(worker.output, selectors.EVENT_READ, lambda _, w=worker: self._on_print(w))
             self._selector.register(worker.socket, selectors.EVENT_READ, lambda e, w=worker: self._on_socket(w, e))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from agent_lightning import exceptions, settings
+from agent_lightning.loopback import loopback_host
 
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 FIRST_BACKOFF_S = 0.2
@@ -18,7 +19,7 @@ class Transport:
     Every request may be sent more than once, so the server's writes are idempotent.
 
     Args:
-        server_url: base URL.
+        server_url: base URL. On this machine's loopback it is reached directly, whatever proxy the environment names.
         api_key: sent as a bearer token.
         timeout_s: how long one request may go without an answer, in seconds.
         max_retries: how often it is sent again when the server cannot be reached or is not ready.
@@ -39,12 +40,16 @@ class Transport:
         self.server_url = server_url
         self.max_retries = max_retries
         self._errors = httpx.TransportError
+        limits = httpx.Limits(max_keepalive_connections=8, keepalive_expiry=60.0)
+        # A transport of its own keeps the client from the environment's proxies, and still heeds SSL_CERT_FILE.
+        direct = httpx.HTTPTransport(verify=verify_ssl, limits=limits) if loopback_host(server_url) else None
         self._http = httpx.Client(
             base_url=server_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             verify=verify_ssl,
-            limits=httpx.Limits(max_keepalive_connections=8, keepalive_expiry=60.0),
+            limits=limits,
+            transport=direct,
         )
 
     def request(

@@ -26,6 +26,12 @@ class State(enum.Enum):
 class WorkerProcess:
     """A started worker. All methods are called by the pool's one thread, and none of them waits for the worker.
 
+    Args:
+        worker_id: see below.
+        hello: the packed message that it starts with: the agent.
+        environment: variables that it gets beside those of this process.
+        start_timeout_s: seconds that it may take to load the agent.
+
     Attributes:
         worker_id: its number; a replacement gets the same one.
         state: see `State`.
@@ -35,7 +41,7 @@ class WorkerProcess:
         cause: why it is DYING: "crash", "timeout" or "cancelled".
     """
 
-    def __init__(self, worker_id: int, hello: bytes, start_timeout_s: float):
+    def __init__(self, worker_id: int, hello: bytes, environment: dict[str, str], start_timeout_s: float):
         self.worker_id = worker_id
         self.state = State.STARTING
         self.lease: dict | None = None
@@ -54,7 +60,7 @@ class WorkerProcess:
                 stdin=child_socket,
                 stdout=child_output,
                 stderr=child_output,
-                env=os.environ | {"PYTHONPATH": _pythonpath()},
+                env=os.environ | environment | {"PYTHONPATH": _pythonpath()},
                 start_new_session=True,  # its own group, so that its children can be killed with it
             )
         except BaseException:
