@@ -58,7 +58,10 @@ def line_fault(line: bytes) -> tuple[str, str] | None:
         return f"{kind}, not an object", 'write {"question": ...} on every line'
     if task.get("question") is None:
         found = ", ".join(map(repr, itertools.islice(task, 8))) or "none"
-        return f"the field 'question' is missing (fields found: {found})", "name the field that holds the task so"
+        return (
+            f"the field 'question' is missing (fields found: {found})",
+            'call the field that holds the task "question"',
+        )
     return None
 
 

@@ -14,19 +14,9 @@ import safetensors.numpy
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.model.llama import Params, abstract_params
 from lightning_jax.model.weights import LAYER_NAMES, TOP_NAMES
+from lightning_jax.text.tokenizer import TOKENIZER_FILES
 
 MAX_SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _DTYPE_NAMES = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float16): "float16",

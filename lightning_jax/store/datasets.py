@@ -5,10 +5,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import orjson
-
+from agent_lightning.dataset import line_fault
 from lightning_jax.store.database import Database
 from lightning_jax.store.records import DataError, DatasetInfo, StoreError, UnknownError
 
@@ -138,7 +137,8 @@ class Upload:
         line = line.strip()
         if not line:
             return
-        check_line(line, self._line_number)
+        if fault := line_fault(line):
+            raise DataError(f"line {self._line_number}: {fault[0]}", self._line_number, hint=fault[1])
         self._rows.append((self._version, self._count, line))
         self._rows_bytes += len(line)
         self._count += 1
@@ -148,28 +148,3 @@ class Upload:
     def _write_rows(self) -> None:
         self._database.execute((_INSERT, self._rows))
         self._rows, self._rows_bytes = [], 0
-
-
-def check_line(line: bytes, number: int) -> None:
-    """Raises DataError unless `line` is a JSON object with a `question`."""
-    try:
-        task = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        message = f"line {number}: not valid JSON ({error})"
-        raise DataError(message, number, hint="every line must be one JSON object") from None
-    if not isinstance(task, dict):
-        message = f"line {number}: a JSON {_kind(task)}, not an object"
-        raise DataError(message, number, hint='write {"question": ...} on every line')
-    if task.get("question") is None:
-        found = ", ".join(map(repr, itertools.islice(task, 8))) or "none"
-        raise DataError(f"line {number}: the field 'question' is missing (fields found: {found})", number)
-
-
-def _kind(value) -> str:
-    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-
-
-def read_pieces(file, size: int = 2**20) -> Iterator[bytes]:
-    """The bytes of an open binary file, in pieces."""
-    while piece := file.read(size):
-        yield piece

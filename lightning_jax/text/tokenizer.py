@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BUILTIN = Path(__file__).parent.parent / "builtin"
-_FOLDER_FILES = (
+TOKENIZER_FILES = (  # in a Hugging Face folder, the chat template among them
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -160,7 +160,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._folder is not None:
-            for name in _FOLDER_FILES:
+            for name in TOKENIZER_FILES:
                 if (self._folder / name).is_file():
                     shutil.copyfile(self._folder / name, folder / name)
             return

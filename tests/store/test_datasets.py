@@ -53,12 +53,17 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_tasks(store):
 @pytest.mark.parametrize(
     "bad, names",
     [
-        (b"[1, 2]", "array"),
-        (b'"text"', "string"),
+        (b"[1, 2]", "an array, not an object"),
+        (b'"text"', "a string, not an object"),
+        (b"true", "a boolean, not an object"),
+        (b"null", "null, not an object"),
+        (b"3", "a number, not an object"),
         (b'{"ground_truth": "4"}', "'question' is missing"),
         (b'{"question": null}', "'question' is missing"),
         (b'{"question": "a"', "not valid JSON"),
-        (b'{"question": NaN}', "not valid JSON"),
+        (b'{"question": NaN}', "not valid JSON: NaN"),
+        (b'{"question": ' + b"[" * 200_000, "not valid JSON.*recursion"),
+        ('{"question": "a"}'.encode("utf-16"), "not valid JSON"),
         (b'{"question": "\xff"}', "not valid JSON"),
     ],
 )
