@@ -218,7 +218,7 @@ class Client:
             follower.join(EVENTS_WAIT_S)
         job = self._transport.request("GET", f"/api/jobs/{job_id}")
         if job["status"] == "failed":
-            raise _job_error(job)
+            raise job_error(job)
         if not job.get("result"):
             raise TrainingError(f"job {job_id} was stopped before it had a result")
         return job
@@ -276,14 +276,18 @@ class Client:
             pass
 
 
-def choose_nworkers(nworkers: int) -> int:
+def choose_nworkers(nworkers: int, most: int | None = None) -> int:
     """The number of workers: as asked, or for -1 a few for each core.
+
+    Args:
+        nworkers: as asked; -1 leaves the choice to this function.
+        most: the number of rollouts that a step can use at once, at least 1; it bounds the choice, not what was asked.
 
     Raises:
         InvalidConfigError: 0, or less than -1.
     """
     if nworkers == -1:
-        return min(MOST_WORKERS, WORKERS_PER_CORE * (os.cpu_count() or 1))
+        return min(MOST_WORKERS, WORKERS_PER_CORE * (os.cpu_count() or 1), MOST_WORKERS if most is None else most)
     if nworkers < 1:
         raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes", hint="-1 chooses one")
     return nworkers
@@ -295,12 +299,23 @@ def _at_least_one(**arguments: int) -> None:
             raise InvalidConfigError(f"{name}={value!r} is not a whole number from 1 on")
 
 
-def _job_error(job: dict) -> TrainingError:
-    """Why a job failed. An error of this project explains itself; for any other the server's traceback is needed."""
-    kind, _, message = (job.get("error") or "the server does not say why").partition(": ")
-    if message and issubclass(getattr(exceptions, kind, Exception), AgentLightningError):
-        return TrainingError(message)
-    return TrainingError("\n".join(filter(None, [job.get("error"), job.get("traceback")])))
+def job_error(job: dict) -> TrainingError:
+    """Why a job failed, as the exception to raise.
+
+    Args:
+        job: a failed job; of it, `error` is "Type: message" and `traceback` the server's.
+
+    Returns:
+        For an error of this project, which explains itself, with its message alone, since a printed exception is
+        headed by its type; for any other with the type and the traceback too.
+    """
+    unknown = "the server does not say why"
+    error = job.get("error") or unknown
+    kind, colon, message = error.partition(": ")
+    known = getattr(exceptions, kind, None)
+    if colon and isinstance(known, type) and issubclass(known, AgentLightningError):
+        return TrainingError(message or unknown)
+    return TrainingError("\n".join(filter(None, [error, job.get("traceback")])))
 
 
 def _training_result(job: dict) -> TrainingResult:

@@ -1,5 +1,6 @@
 """What goes wrong before a job runs, and what an upload leaves on the server."""
 
+import os
 import re
 
 import pytest
@@ -101,4 +102,10 @@ def test_url_and_key_come_from_the_environment(served, files, monkeypatch):
 
 def test_choose_nworkers():
     assert choose_nworkers(5) == 5
-    assert 1 <= choose_nworkers(-1) <= 64
+    assert choose_nworkers(5, most=2) == 5
+
+
+@pytest.mark.parametrize("cores, most, chosen", [(2, None, 8), (2, 3, 3), (2, 100, 8), (96, None, 64), (96, 100, 64)])
+def test_choose_nworkers_by_cores_and_rollouts(monkeypatch, cores, most, chosen):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert choose_nworkers(-1, most=most) == chosen
