@@ -59,7 +59,6 @@ class Pool:
             server within that time goes unnoticed.
         start_timeout_s: seconds that a worker may take to load the agent.
         on_output: called with (worker id, whole lines) for what agents print; by default they go to stderr.
-        exit_with_parent: end when the process that started this one does.
 
     Raises:
         InvalidConfigError: `nworkers`, or an agent that cannot be sent to workers.
@@ -79,7 +78,6 @@ class Pool:
         give_up_s: float = 300.0,
         start_timeout_s: float = 300.0,
         on_output: Callable[[int, str], None] | None = None,
-        exit_with_parent: bool = False,
     ):
         if nworkers < 1:
             raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes from 1 on")
@@ -87,7 +85,6 @@ class Pool:
         self._agent = agent if isinstance(agent, dict) else pack_agent(agent)
         self._start_timeout_s = start_timeout_s
         self._on_output = on_output or _print_output
-        self._parent_pid = os.getppid() if exit_with_parent else None
         self._transport = Transport(
             server_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries, verify_ssl=verify_ssl
         )
@@ -248,8 +245,6 @@ class Pool:
                 self._lose(worker, "timeout")
             elif check and worker.has_exited():
                 self._lose(worker, "crash")
-        if check and self._parent_pid not in (None, os.getppid()):
-            self._stopped = True
 
     def _lose(self, worker: WorkerProcess, cause: str) -> None:
         if worker.state is State.IDLE:
@@ -339,9 +334,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--job-id", required=True)
     parser.add_argument("--agent-script", required=True, help="file.py or file.py:function")
     parser.add_argument("--nworkers", type=int, required=True)
-    parser.add_argument(
-        "--exit-with-parent", action="store_true", help="end when the starting process does, and ignore Ctrl-C"
-    )
     options = parser.parse_args(argv)
     try:
         pool = Pool(
@@ -351,11 +343,8 @@ def main(argv: list[str] | None = None) -> int:
             options.nworkers,
             api_key=settings.api_key(),
             max_retries=settings.max_retries(),
-            exit_with_parent=options.exit_with_parent,
         )
         signal.signal(signal.SIGTERM, lambda *_: pool.stop())
-        if options.exit_with_parent:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool.run()
     except AgentLightningError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
