@@ -41,20 +41,19 @@ SHAPES = {
         eos_ids=(2,),
         pad_id=2,
     ),
-    # The model that ships in this package.
+    # builtin:tiny, the model that ships in this package
     "tiny": LlamaConfig(
         vocab_size=264,
         hidden_size=256,
-        intermediate_size=640,
+        intermediate_size=512,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
         rms_norm_eps=1e-5,
         tie_embeddings=True,
         max_seq_len=2048,
-        bos_id=257,
-        eos_ids=(259,),
+        eos_ids=(257,),
         pad_id=256,
     ),
 }

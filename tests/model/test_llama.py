@@ -118,6 +118,10 @@ def test_named_shapes_have_the_published_size(name, count):
     assert hash(config) == hash(llama.LlamaConfig.from_hf(config.to_hf())) and config.from_hf(config.to_hf()) == config
 
 
+def test_the_shape_tiny_is_the_model_that_ships():
+    assert shapes.named_shape("tiny") == weights.load_config("builtin:tiny")
+
+
 def test_a_cache_needs_unstacked_layers():
     config, params = weights.load_model(GOLDENS[0])
     with pytest.raises(ValueError, match="unstack_layers"):
