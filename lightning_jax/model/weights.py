@@ -188,7 +188,10 @@ def _open_folder(folder: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
 
 def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
     """A GGUF file as llama.cpp's converter writes it, dequantised tensor by tensor."""
-    reader = gguf.GGUFReader(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (IndexError, KeyError) as error:  # what the reader runs into where a file is cut short or damaged
+        raise InvalidConfigError("the GGUF file is cut short or damaged", hint="fetch the model again") from error
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = _gguf_config(reader, found)
     # llama.cpp interleaves the halves of each rotated head (of its "llama" architecture only).
@@ -202,10 +205,11 @@ def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
 
     tensors: Tensors = {}
     for name, tensor in found.items():
-        layer, stem, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-        if layer is None and stem in _GGUF_TOP:
+        parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        layer, stem, kind = parts.groups() if parts else (None, name, None)
+        if parts and layer is None and stem in _GGUF_TOP:
             tensors[f"{_GGUF_TOP[stem]}.{kind}"] = functools.partial(read, tensor, None)
-        elif stem in _GGUF_LAYER:
+        elif layer is not None and stem in _GGUF_LAYER:
             hf_name = f"model.layers.{layer}.{_GGUF_LAYER[stem]}.{kind}"
             tensors[hf_name] = functools.partial(read, tensor, heads.get(stem))
         elif stem != "rope_freqs":
@@ -214,7 +218,11 @@ def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
 
 
 def _gguf_config(reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor]) -> LlamaConfig:
-    """The config that a GGUF file's metadata describes (keys: the GGUF specification)."""
+    """The config that a GGUF file's metadata describes (keys: the GGUF specification).
+
+    Raises:
+        InvalidConfigError: another architecture, or metadata that is missing or not a number where one is needed.
+    """
 
     def get(key: str, default: Any = None) -> Any:
         field = reader.get_field(key)
@@ -225,6 +233,7 @@ def _gguf_config(reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor])
         raise InvalidConfigError(
             f"GGUF architecture {family!r} is not supported", hint="supported: llama, qwen2, qwen3"
         )
+    _check_gguf_sizes(get, family, tensors)
     width, heads = get(f"{family}.embedding_length"), get(f"{family}.attention.head_count")
     head_dim = get(f"{family}.attention.key_length", width // heads)
     if get(f"{family}.rope.dimension_count", head_dim) != head_dim:
@@ -251,6 +260,24 @@ def _gguf_config(reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor])
         eos_ids=tuple(dict.fromkeys(id for key in end_keys if (id := get(key)) is not None)),
         pad_id=get("tokenizer.ggml.padding_token_id"),
     )
+
+
+def _check_gguf_sizes(get: Callable[..., Any], family: str, tensors: dict[str, gguf.ReaderTensor]) -> None:
+    """Raises InvalidConfigError that names the metadata that is missing, or a size that is not one number."""
+    names = ("embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count")
+    keys = [f"{family}.{name}" for name in (*names, "attention.layer_norm_rms_epsilon")]
+    optional = [f"{family}.{name}" for name in ("attention.head_count_kv", "attention.key_length", "rope.freq_base")]
+    if get(f"{family}.rope.scaling.type") == "linear":
+        keys.append(f"{family}.rope.scaling.factor")
+    if missing := [key for key in keys if get(key) is None]:
+        raise InvalidConfigError(f"the GGUF file's metadata lacks {', '.join(missing)}", hint="convert the model again")
+    for key in (*keys, *optional):
+        value = get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            shown = str(value)[:40]  # some models give each layer a size of its own, as a list
+            raise InvalidConfigError(f"the GGUF file's {key} is {shown}; only one number above 0 is supported")
+    if "token_embd.weight" not in tensors:
+        raise InvalidConfigError("the GGUF file lacks the tensor token_embd.weight", hint="fetch the model again")
 
 
 def _gguf_rope_scaling(

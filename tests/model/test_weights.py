@@ -19,8 +19,14 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 GGUF_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)  # a superset of what llama and qwen2 have
 
 
-def write_gguf(folder: pathlib.Path, file: pathlib.Path, **metadata) -> None:
-    """A golden as `convert_hf_to_gguf.py` of llama.cpp writes it (its `permute` and `rope_freqs`, in float32)."""
+def write_gguf(folder: pathlib.Path, file: pathlib.Path, *, without=(), tensors=None, **metadata) -> None:
+    """A golden as `convert_hf_to_gguf.py` of llama.cpp writes it (its `permute` and `rope_freqs`, in float32).
+
+    Args:
+        without: metadata keys and tensors to leave out.
+        tensors: GGUF name -> array, of tensors to add.
+        metadata: texts and lists to add, without the family's name in the key and with "__" for ".".
+    """
     hf = json.loads((folder / "config.json").read_text())
     family, heads, kv_heads = hf["model_type"], hf["num_attention_heads"], hf["num_key_value_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
@@ -45,12 +51,18 @@ def write_gguf(folder: pathlib.Path, file: pathlib.Path, **metadata) -> None:
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_divisors(head_dim, rope))
     for key, value in metadata.items():
-        writer.add_string(f"{family}.{key}".replace("__", "."), value)
+        add = writer.add_array if isinstance(value, list) else writer.add_string
+        add(f"{family}.{key}".replace("__", "."), value)
     for name, value in safetensors.numpy.load_file(folder / "model.safetensors").items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             n = heads if "q_proj" in name else kv_heads
             value = value.reshape(n, 2, value.shape[0] // n // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(GGUF_NAMES.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(value))
+    for name, value in (tensors or {}).items():
+        writer.add_tensor(name, value)
+    for name in without:
+        for table in (*writer.kv_data, *writer.tensors):
+            table.pop(name, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -197,3 +209,58 @@ def test_broken_gguf(tmp_path):
     write_gguf(GOLDENS / "llama2", tmp_path / "yarn.gguf", rope__scaling__type="yarn")
     with pytest.raises(InvalidConfigError, match="'yarn' is not supported"):
         weights.load_model(tmp_path / "yarn.gguf")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "context_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+        "rope.scaling.factor",
+    ],
+)
+def test_gguf_without_a_size(key, tmp_path):
+    write_gguf(GOLDENS / "llama_linear", tmp_path / "model.gguf", without=[f"llama.{key}"])
+    with pytest.raises(InvalidConfigError, match=f"model.gguf'.*metadata lacks llama.{key}\n"):
+        weights.load_model(tmp_path / "model.gguf")
+
+
+def test_gguf_with_a_size_that_is_no_number(tmp_path):
+    """Models whose layers differ in size list one for each."""
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", attention__head_count_kv=[2, 1])
+    with pytest.raises(InvalidConfigError, match=r"llama.attention.head_count_kv is \[2, 1\]; only one number"):
+        weights.load_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        ("token_embd.weight", "lacks the tensor token_embd.weight"),
+        ("output_norm.weight", "lacks model.norm.weight"),
+        ("blk.1.ffn_up.weight", "lacks model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_gguf_without_a_tensor(tensor, message, tmp_path):
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", without=[tensor])
+    with pytest.raises(InvalidConfigError, match=message):
+        weights.load_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("tensor", ["blk.0.moe", "v.patch_embd.weight", "ffn_up.weight", "blk.0.ffn_gate_exps.weight"])
+def test_gguf_with_a_tensor_too_many(tensor, tmp_path):
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", tensors={tensor: np.ones(3, np.float32)})
+    with pytest.raises(InvalidConfigError, match=f"does not explain: {tensor}\n"):
+        weights.load_model(tmp_path / "model.gguf")
+
+
+def test_gguf_cut_short(tmp_path):
+    write_gguf(GOLDENS / "llama2", tmp_path / "whole.gguf")
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    for size in (1, 7, 20, 30, 100, 400, 900, 1500, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(InvalidConfigError, match="cut.gguf"):
+            weights.load_model(tmp_path / "cut.gguf")
