@@ -58,10 +58,7 @@ def line_fault(line: bytes) -> tuple[str, str] | None:
         return f"{kind}, not an object", 'write {"question": ...} on every line'
     if task.get("question") is None:
         found = ", ".join(map(repr, itertools.islice(task, 8))) or "none"
-        return (
-            f"the field 'question' is missing (fields found: {found})",
-            'call the field that holds the task "question"',
-        )
+        return f"the field 'question' is missing (fields found: {found})", "rename the field that holds the question"
     return None
 
 
