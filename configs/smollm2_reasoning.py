@@ -21,14 +21,14 @@ def get_config():
     config.runtime.checkpoint_interval = 10
     config.runtime.max_to_keep = 1  # 1.6 GB each
 
-    config.sampler.max_slots = 32
+    config.sampler.max_slots = 16
     config.sampler.kv_cache_tokens = 8192
     config.sampler.page_size = 16
     config.sampler.decode_steps = 4
     config.sampler.prefill_chunk = 64
 
     config.agent.script = "scripts/agents/reasoning.py"
-    config.agent.nworkers = 32
+    config.agent.nworkers = 16
     config.data.train_file = "runs/reasoning/train.jsonl"
     config.data.test_file = "runs/reasoning/test.jsonl"
     config.server.port = 0

@@ -96,7 +96,7 @@ def default_config() -> config_dict.ConfigDict:
 
     c.agent = agent = config_dict.ConfigDict()
     agent.script = ""  # file.py[:function], run in worker subprocesses
-    agent.nworkers = -1  # worker processes; -1 chooses from cores, slots and batch
+    agent.nworkers = -1  # worker processes; -1 chooses from cores and slots
     agent.rollout_timeout_s = 600.0  # a rollout that runs longer is killed and tried again
     agent.max_attempts = 3  # attempts at a rollout whose worker died or ran out of time
 
@@ -152,7 +152,7 @@ _RULES = {
     "sampler.page_size": _POWER_OF_TWO,
     "sampler.prefill_chunk": _POWER_OF_TWO,
     "sampler.top_p": _Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "agent.nworkers": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 to choose it from cores and batch"),
+    "agent.nworkers": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 to choose it from cores and slots"),
     "agent.rollout_timeout_s": _POSITIVE,
     "server.host": _Rule(bool, "an address to listen on, such as '127.0.0.1' or '0.0.0.0'"),
     "server.port": _Rule(lambda v: 0 <= v <= 65535, "between 0 and 65535"),

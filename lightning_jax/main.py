@@ -19,7 +19,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from agent_lightning import agent_source, client
-from agent_lightning.exceptions import AgentLightningError, InvalidConfigError, TrainingError
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
 from lightning_jax import command_line
@@ -32,7 +32,7 @@ from lightning_jax.store import ENDED_JOB, Store
 DATA_ID = "config"  # the dataset and the jobs that a config's own files and agent make
 JOB_IDS = {"train": "train", "evaluate": "evaluate"}
 # What may differ from the run that a work directory holds without making it another run.
-_FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps")
+_FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps", "workdir")
 _FREE_SECTIONS = ("logging.", "server.")
 
 
@@ -114,10 +114,14 @@ def serve(config: ml_collections.ConfigDict) -> None:
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
         store = stack.enter_context(contextlib.closing(open_store(config)))
         policy = _start_policy(config, stack)
-        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, config)))
+        runner = JobRunner(policy, store, config, resume=lambda job_id: job_id not in JOB_IDS.values())
+        jobs = stack.enter_context(contextlib.closing(runner))
         http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
         _say(f"serving {policy.name} on {server_app.url_of(sock)} (Ctrl-C ends)")
-        server_app.serve(http, sock)
+        # uvicorn shuts down on either signal and then raises it again; both are to unwind this stack.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            server_app.serve(http, sock)
 
 
 def run_agent(config: ml_collections.ConfigDict) -> None:
@@ -134,14 +138,21 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
             if path:
                 store.put_dataset(DATA_ID, split, _read_chunks(path))
         policy = _start_policy(config, stack)
-        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, config)))
+        if policy.tokenizer.chat_template is None:
+            raise InvalidConfigError(
+                f"the tokenizer of {config.model.path} has no chat template, so agents cannot talk to the model",
+                hint="choose an instruct model, or add chat_template.jinja to its folder",
+            )
+        job_id = JOB_IDS[config.mode]
+        runner = JobRunner(policy, store, config, resume=lambda known: known == job_id)
+        jobs = stack.enter_context(contextlib.closing(runner))
         http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
         server = server_app.RunningServer(http, sock)
         stack.callback(server.stop)
-        job_id = jobs.submit({"kind": config.mode, "data_id": DATA_ID}, JOB_IDS[config.mode])
+        jobs.submit({"kind": config.mode, "data_id": DATA_ID}, job_id)
         job = _follow(store, jobs, job_id, server.url, agent, config)
     if job["status"] == "failed":
-        raise TrainingError(job["error"])
+        raise client.job_error(job)
     if job["result"]:
         _say(_summary(config, job["result"], policy.max_seq_len))
 
@@ -165,10 +176,11 @@ def _start_policy(config: ml_collections.ConfigDict, stack: contextlib.ExitStack
 def _follow(store: Store, jobs: JobRunner, job_id: str, url: str, agent: dict, config) -> dict[str, Any]:
     """Runs the job's workers and shows its progress until it has ended; returns the job."""
     failure: list[BaseException] = []
-    seen = store.events(job_id)
-    after = seen[-1]["seq"] if seen else 0
+    after = 0
+    while seen := store.events(job_id, after):  # of an earlier start
+        after = seen[-1]["seq"]
     with JobProgress("training" if config.mode == "train" else "evaluation") as progress:
-        nworkers = client.choose_nworkers(config.agent.nworkers)
+        nworkers = client.choose_nworkers(config.agent.nworkers, most=config.sampler.max_slots)
         pool = Pool(url, job_id, agent, nworkers, api_key=config.server.api_key or None, on_output=progress.on_output)
 
         def run_pool() -> None:
@@ -180,19 +192,28 @@ def _follow(store: Store, jobs: JobRunner, job_id: str, url: str, agent: dict, c
 
         workers = threading.Thread(target=run_pool, name="pool")
         workers.start()
-        with _interruptible(jobs, job_id, progress):
-            while True:
-                events = store.events(job_id, after, wait_s=0.5)
-                job = store.job(job_id)
-                for event in events:
-                    progress.on_event(event, job)
-                    after = event["seq"]
-                if not events and job["status"] in ENDED_JOB:
-                    break
-        workers.join()
+        try:
+            with _interruptible(jobs, job_id, progress):
+                job = _show_until_ended(store, job_id, after, progress)
+        except BaseException:
+            pool.stop()
+            raise
+        finally:
+            workers.join()
     if failure:
         raise failure[0]
     return job
+
+
+def _show_until_ended(store: Store, job_id: str, after: int, progress: JobProgress) -> dict[str, Any]:
+    while True:
+        events = store.events(job_id, after, wait_s=0.5)
+        job = store.job(job_id)
+        for event in events:
+            progress.on_event(event, job)
+            after = event["seq"]
+        if not events and job["status"] in ENDED_JOB:
+            return job
 
 
 @contextlib.contextmanager

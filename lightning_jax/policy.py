@@ -165,7 +165,7 @@ class Policy:
         sampling: engine_lib.SamplingParams,
         *,
         should_stop: Callable[[list[int]], int | None] | None = None,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_tokens: Callable[[list[int], np.ndarray], None] | None = None,
         fairness_key: str = "",
     ) -> concurrent.futures.Future:
         """Queues one sample; the future has its `Completion`, and an attribute `request_id` for `cancel`.

@@ -31,6 +31,8 @@ from lightning_jax.store import RolloutEntry, RolloutRecord, Store
 
 _log = logging.getLogger(__name__)
 
+_SILENCE_S = 600.0  # without a word from any worker pool a job ends; pools themselves give up after 300 s
+
 
 class StopFlag:
     """Asks a job to end: after the step in hand (`request()`), or at once (`request(now=True)`)."""
@@ -145,6 +147,8 @@ class _Run:
             clock = _Clock(self.history.time_s)
             first, last = self.history.start_step, self.history.start_step + total_steps
             self.store.update_job(self.job_id, step=policy.step - first, total_steps=total_steps)
+            if policy.step and not self._has_checkpoint(policy.step):
+                self._checkpoint(policy.step, tasks)  # an earlier job's updates, which no checkpoint holds
             if policy.step == first and not self.history.test_rewards:
                 row = self._evaluate(policy.step)
                 if row and first == 0:
@@ -270,7 +274,7 @@ class _Run:
         if not records:
             raise TrainingError("the dataset has no test split to evaluate on", hint="upload one with test_file=")
         return {
-            "rewards": {r.task_id: r.reward and _total_reward(r) for r in records},
+            "rewards": {r.task_id: None if r.reward is None else _total_reward(r) for r in records},
             "total_time": time.monotonic() - start,
             "step": self.policy.step,
         } | {name.removeprefix("eval/"): value for name, value in _evaluation_metrics(records).items()}
@@ -298,9 +302,14 @@ class _Run:
             seed=self.config.seed,
         )
         self.store.add_event(self.job_id, f"{mode}_started", step, {"rollouts": len(rollout_ids)})
-        self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self.policy.error is not None)
+        self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
         if self.policy.error is not None:
             raise TrainingError(f"the device failed: {self.policy.error}") from self.policy.error
+        if self._is_abandoned():
+            raise TrainingError(
+                f"no worker pool has asked for this job's rollouts for {_SILENCE_S:.0f} s",
+                hint="the client that started it has died, or cannot reach the server",
+            )
         if self.stop.now:
             self.store.cancel_open(self.job_id)
             raise Stopped(f"stopped in step {step}")
@@ -317,6 +326,10 @@ class _Run:
                 f"{first.cause}: {first.error}\n{first.traceback or ''}"
             )
         return records
+
+    def _is_abandoned(self) -> bool:
+        """Whether nobody will end the open rollouts: the device is gone, or the workers are."""
+        return self.policy.error is not None or self.store.silent_s(self.job_id) > _SILENCE_S
 
     def _result(self) -> dict[str, Any]:
         """The job's result, also written to `result.json`."""
@@ -379,14 +392,15 @@ def _mean(value_n: np.ndarray) -> float:
 
 def _rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
     finite_n = return_n[np.isfinite(return_n)].astype(np.float64)
-    spread_g = [np.ptp(return_n[group_n == g]) for g in np.unique(group_n)]  # NaN where a rollout failed
+    groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
+    flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
     lengths = [len(call.sampled_ids) for record in records for call in record.calls]
     truncated = [call.finish_reason == "length" for record in records for call in record.calls]
     causes = collections.Counter(record.cause for record in records if record.status == "failed")
     return {
         "reward/mean": _mean(return_n),
         "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
-        "reward/zero_variance_groups": float(np.mean([spread == 0 for spread in spread_g])),
+        "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
         "rollout/count": len(records),
         "rollout/failed": sum(causes.values()),
         "rollout/calls": len(lengths),

@@ -10,10 +10,11 @@ make_environment
 install_packages tests ".[server,dev]"
 
 # PyTorch is what transformers, the reference of many tests, computes with. The product never imports it. These tests
-# are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error.
+# are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error. The CPU
+# build is enough; where pip finds only a CUDA build, that works too and is larger.
 TORCH=2.13.0
 if ! "$VENV_PYTHON" -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$TORCH')" 2>/dev/null; then
-    echo "installing torch $TORCH (CPU)"
+    echo "installing torch $TORCH"
     if ! "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check "torch==$TORCH"; then
         if "$VENV_PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
             echo "error: torch $TORCH could not be installed; the live comparisons with transformers need it" >&2

@@ -72,7 +72,9 @@ def test_work_directory_of_another_run(tmp_path):
 def test_agent_that_always_fails_ends_the_job_with_its_traceback(tmp_path):
     script = tmp_path / "agent.py"
     script.write_text("def agent(resource, task):\n    raise KeyError('the tool is missing')\n")
-    error = refused(
-        tmp_path / "run", f"--config.agent.script={script}", "--config.agent.nworkers=2", "--config.data.test_file="
-    )
-    assert "TrainingError" in error and "KeyError: 'the tool is missing'" in error and "agent.py" in error
+    flags = (f"--config.agent.script={script}", "--config.agent.nworkers=2", "--config.data.test_file=")
+    done = runs.run(tmp_path / "run", *flags, timeout_s=120)
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.index("TrainingError") :]
+    assert "KeyError: 'the tool is missing'" in error and str(script) in error
+    assert error.count("TrainingError") == 1 and "/lightning_jax/" not in error
