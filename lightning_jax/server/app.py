@@ -30,6 +30,7 @@ _DIALECTS = {
     "/chat/completions": (openai_chat.chat_completions, openai_chat.error_response),
     "/messages": (anthropic_messages.messages, anthropic_messages.error_response),
 }
+_UNSERVED = ("/responses", "/completions")  # OpenAI's other dialects
 
 
 def create_app(
@@ -57,6 +58,8 @@ def create_app(
         for prefix in _PREFIXES:
             app.add_route(prefix + path, endpoint, methods=["POST"])
     for prefix in _PREFIXES:
+        for path in _UNSERVED:
+            app.add_route(prefix + path, _unserved_dialect, methods=["POST"])
         app.add_route(prefix + "/models", _models, methods=["GET"])
     app.include_router(control.router)
     app.add_api_route("/health", _health, methods=["GET"])
@@ -71,9 +74,19 @@ def create_app(
 
 
 async def _health(request: Request) -> Response:
-    """Answers as soon as requests are served, with no key."""
+    """Answers as soon as requests are served, with no key; 503 once a thread that everything needs has ended."""
     policy: Policy = request.app.state.generator.policy
-    return wire.json_response({"status": "ok", "model": policy.name, "policy_version": policy.version})
+    jobs: control.JobRunner | None = request.app.state.jobs
+    content = {"status": "ok", "model": policy.name, "policy_version": policy.version}
+    failures = {"the device": policy.error, "the jobs' thread": jobs and jobs.error}
+    if failed := [f"{name} failed: {error}" for name, error in failures.items() if error is not None]:
+        return wire.json_response(content | {"status": "failing", "error": "; ".join(failed)}, 503)
+    return wire.json_response(content)
+
+
+async def _unserved_dialect(request: Request) -> Response:
+    asked = next(path for path in _UNSERVED if request.url.path.endswith(path))
+    raise ApiError(f"this server does not serve {asked} yet; it serves {' and '.join(_DIALECTS)}")
 
 
 async def _models(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import logging
 import re
 import threading
@@ -31,12 +32,28 @@ class JobRunner:
     """Runs jobs one after the other in a thread of its own.
 
     Jobs that a killed server left unfinished come first, in the order in which they were made.
+
+    Args:
+        resume: says by its id whether an unfinished job of the store is to be gone on with; others stay as they are
+            until they are submitted again.
+
+    Attributes:
+        error: what ended the thread, if something did: no job can run any more.
     """
 
-    def __init__(self, policy: Policy, store: Store, config: ml_collections.ConfigDict):
+    def __init__(
+        self,
+        policy: Policy,
+        store: Store,
+        config: ml_collections.ConfigDict,
+        *,
+        resume: Callable[[str], bool] = lambda job_id: True,
+    ):
         self._policy, self._store, self._config = policy, store, config
+        self.error: BaseException | None = None
         self._changed = threading.Condition()
-        self._queue = collections.deque(job["job_id"] for job in store.jobs() if job["status"] not in ENDED_JOB)
+        unfinished = [job["job_id"] for job in store.jobs() if job["status"] not in ENDED_JOB]
+        self._queue = collections.deque(filter(resume, unfinished))
         self._stops: dict[str, training.StopFlag] = {job_id: training.StopFlag() for job_id in self._queue}
         self._running: str | None = None
         self._closed = False
@@ -47,9 +64,15 @@ class JobRunner:
         """Queues a job and returns its id; a spec whose "key" is known returns the job made for it before.
 
         Args:
-            job_id: its id; a job that has this id and has ended is queued again, with this spec.
+            job_id: its id; a job that has this id and has ended, or was left unfinished, is queued with this spec. It
+                goes on from the policy's checkpoint, if that is this job's.
+
+        Raises:
+            StoreError: no job can run any more.
         """
         with self._changed:
+            if self.error is not None:
+                raise StoreError(f"no job can run any more: {self.error}", hint="start the server again")
             known = job_id is not None and any(job["job_id"] == job_id for job in self._store.jobs())
             if known and job_id not in self._queue and job_id != self._running:
                 self._store.restart_job(job_id, spec)
@@ -86,9 +109,24 @@ class JobRunner:
                 if self._closed:
                     return
                 self._running = job_id = self._queue.popleft()
-            self._run(job_id)
+            try:
+                self._run(job_id)
+            except BaseException as error:  # the store cannot be written: neither could what a next job does
+                _log.exception("job %s could not be ended, and no other can run", job_id)
+                self._end(error)
+                return
             with self._changed:
                 self._running = None
+
+    def _end(self, error: BaseException) -> None:
+        """Fails the jobs that were to run, so that nobody waits for them; what the file holds of them stays."""
+        with self._changed:
+            self.error = error
+            for job_id in (self._running, *self._queue):
+                with contextlib.suppress(StoreError):
+                    self._store.update_job(job_id, status="failed", error=f"{type(error).__name__}: {error}")
+            self._running = None
+            self._queue.clear()
 
     def _run(self, job_id: str) -> None:
         stop = self._stops[job_id]
@@ -105,8 +143,11 @@ class JobRunner:
         except training.Stopped:
             fields = {"status": "stopped"}
         except Exception as error:
-            _log.exception("job %s failed", job_id)
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error, AgentLightningError):  # it says all there is to say
+                _log.error("job %s failed: %s", job_id, text)
+            else:
+                _log.exception("job %s failed", job_id)
             fields = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
         else:
             fields = {"status": "stopped" if stop.after_step else "succeeded", "result": result}

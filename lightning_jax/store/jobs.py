@@ -79,7 +79,7 @@ class Jobs:
         return self._jobs[job_id]["status"] in ENDED_JOB
 
     def update(self, job_id: str, **fields) -> None:
-        """See `Store.update_job`."""
+        """See `Store.update_job`. Who follows the job sees the change even where the file cannot be written."""
         unknown = fields.keys() - set(_FIELDS)
         if unknown:
             raise TypeError(f"a job has no field {', '.join(sorted(unknown))}")
@@ -88,9 +88,9 @@ class Jobs:
             if job_id not in self._jobs:
                 raise UnknownError(f"there is no job {job_id!r}")
             self._jobs[job_id].update(fields)
+            self._changed.notify_all()
             assignments = ", ".join(f"{name} = ?" for name in fields)
             self._database.write((f"UPDATE jobs SET {assignments} WHERE job_id = ?", [(*stored, job_id)]))
-            self._changed.notify_all()
         if "status" in fields:
             self._database.flush()
         self._announce()

@@ -1,0 +1,231 @@
+"""Which jobs run and in which order, and what is said when none can run any more."""
+
+import logging
+import random
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from lightning_jax import server
+from lightning_jax.policy import Policy
+from lightning_jax.server.control import JobRunner
+from lightning_jax.store import CallRecord, Store, StoreError
+
+from .conftest import settings
+
+TASKS = [b'{"question": "1+1?"}\n{"question": "2+2?"}\n']
+EVALUATE = {"kind": "evaluate", "data_id": "d"}
+SMALL = {
+    "algorithm.group_size": 2,
+    "runtime.batch_size": 4,
+    "runtime.gradient_accumulation": 1,
+    "runtime.remat": "none",
+    "runtime.checkpoint_interval": 1,
+}
+
+
+@pytest.fixture
+def config(random_model, tmp_path):
+    return settings(random_model, tmp_path / "work", **SMALL)
+
+
+@pytest.fixture
+def store(config):
+    store = Store(f"{config.workdir}/store.sqlite3")
+    for split in ("train", "test"):
+        store.put_dataset("d", split, TASKS)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def runner(serving, store, config):
+    """A runner that has no work yet."""
+    runner = JobRunner(serving.policy, store, config)
+    yield runner
+    runner.close()
+
+
+def wait_for(condition, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def status(store, job_id):
+    return store.job(job_id)["status"]
+
+
+class Pool:
+    """Ends a job's rollouts with chance rewards for as long as the block lasts."""
+
+    def __init__(self, store, job_id):
+        self._store, self._job_id = store, job_id
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+    def _work(self):
+        results = []
+        while not self._over.is_set():
+            leases = self._store.exchange(self._job_id, "pool", results, [], 4, 0.1)["leases"]
+            for lease in leases:
+                attempt = self._store.attempt_by_token(lease["token"])
+                self._store.record_call(attempt, CallRecord([1, 2, 3], [4, 5], [-5.5, -5.5]))
+            results = [{"lease_id": lease["lease_id"], "reward": random.random()} for lease in leases]
+
+
+# ---- which jobs run ----
+
+
+def test_an_unfinished_job_waits_for_its_turn_and_then_goes_on(config, store):
+    """A killed training run's folder is evaluated in between: the evaluation runs at once, the run loses nothing."""
+    policy = Policy(config)
+    runner = JobRunner(policy, store, config)
+    runner.submit({"kind": "train", "data_id": "d", "epochs": 100, "batch_size": 2}, "train")
+    with Pool(store, "train"):
+        wait_for(lambda: store.job("train")["step"] >= 2)
+        runner.close()
+    policy.close()
+    assert status(store, "train") == "running", "it was in the middle"
+
+    policy = Policy(config)
+    before, events = policy.step, store.events("train")
+    assert before >= 2, "from the checkpoint"
+    runner = JobRunner(policy, store, config, resume=lambda job_id: job_id != "train")
+    runner.submit(EVALUATE, "evaluate")
+    with Pool(store, "evaluate"):
+        wait_for(lambda: status(store, "evaluate") == "succeeded")
+    assert status(store, "train") == "running" and policy.step == before, "nobody asked for it"
+    assert store.events("train") == events
+
+    spec = {"kind": "train", "data_id": "d", "total_steps": before + 2, "batch_size": 2}
+    assert runner.submit(spec, "train") == "train"
+    with Pool(store, "train"):
+        wait_for(lambda: status(store, "train") == "succeeded")
+    runner.close()
+    policy.close()
+    job = store.job("train")
+    assert job["spec"] == spec and job["result"]["total_steps"] == before + 2
+    assert len(job["result"]["train_rewards"]) == before + 2, "with what it had done before"
+    steps = [event["step"] for event in store.events("train") if event["kind"] == "step"]
+    assert steps == list(range(1, before + 3)), "each once"
+
+
+def test_unfinished_jobs_come_first_unless_told_otherwise(serving, store, config):
+    for job_id in ("one", "two"):
+        store.create_job(EVALUATE, job_id)
+    runner = JobRunner(serving.policy, store, config)
+    runner.submit(EVALUATE, "three")
+    wait_for(lambda: status(store, "one") == "running")
+    assert [status(store, job_id) for job_id in ("two", "three")] == ["queued", "queued"]
+    runner.close()
+    runner = JobRunner(serving.policy, store, config, resume=lambda job_id: job_id == "two")
+    wait_for(lambda: status(store, "two") == "running")
+    runner.stop("two", now=True)
+    wait_for(lambda: status(store, "two") == "stopped")
+    runner.submit(EVALUATE, "four")
+    wait_for(lambda: status(store, "four") == "running")  # so nothing was queued before it
+    assert store.exchange("one", "pool", [], [], 1)["leases"] == []
+    runner.close()
+
+
+# ---- what goes wrong ----
+
+
+def test_a_failed_job_is_logged_with_a_traceback_only_where_that_says_more(runner, store, caplog):
+    store.put_dataset("no-test", "train", TASKS)
+    with caplog.at_level(logging.ERROR, "lightning_jax"):
+        runner.submit({"kind": "evaluate", "data_id": "no-test"}, "ours")
+        runner.submit({"kind": "evaluate"}, "unforeseen")
+        for job_id in ("ours", "unforeseen"):
+            wait_for(lambda job_id=job_id: status(store, job_id) == "failed")
+    ours, unforeseen = (record for record in caplog.records if record.name.startswith("lightning_jax.server"))
+    assert "job ours failed: TrainingError: the dataset has no test split" in ours.getMessage() and not ours.exc_info
+    assert "job unforeseen failed" in unforeseen.getMessage() and unforeseen.exc_info[0] is KeyError
+
+
+def test_a_store_that_cannot_be_written_ends_the_jobs_and_is_said(serving, runner, store, config, caplog):
+    app = server.create_app(config=config, policy=serving.policy, store=store, jobs=runner)
+    running = server.RunningServer(app, server.bind("127.0.0.1", 0))
+    try:
+        runner.submit(EVALUATE, "first")
+        runner.submit(EVALUATE, "second")
+        wait_for(lambda: store.grant("first", "pool", [], 0) and store._rollouts._waiting["first"])
+        assert httpx.get(f"{running.url}/health").json()["status"] == "ok"
+        store._database._connection.execute("PRAGMA max_page_count = 1")  # a full disk
+        for _ in range(100):
+            try:
+                store.add_event("first", "note", 0, {"text": "x" * 10_000})
+                store.flush()
+            except StoreError:
+                break
+        runner.stop("first", now=True)
+        wait_for(lambda: runner.error is not None)
+        reply = httpx.get(f"{running.url}/health")
+        assert reply.status_code == 503 and reply.json()["status"] == "failing"
+        assert "jobs' thread failed: cannot write the store" in reply.json()["error"]
+        for job_id in ("first", "second"):  # nobody waits for them
+            job = httpx.get(f"{running.url}/api/jobs/{job_id}").json()
+            assert job["status"] == "failed" and "full" in job["error"]
+        with pytest.raises(StoreError, match="no job can run any more"):
+            runner.submit(EVALUATE, "third")
+    finally:
+        running.stop()
+    assert "job first could not be ended, and no other can run" in caplog.text
+
+
+class BrokenEngine:
+    """Stands for an engine whose device is gone: a CPU's cannot be taken away."""
+
+    def step(self) -> bool:
+        raise RuntimeError("device lost")
+
+    def fail_all(self, error: str) -> None:
+        pass
+
+
+def test_health_says_that_the_device_failed(start, random_model):
+    running = start(random_model)
+    assert running.http.get("/health").status_code == 200
+    running.policy._device.add_engine(BrokenEngine())
+    running.policy._device.wake()
+    wait_for(lambda: running.policy.error is not None)
+    reply = running.http.get("/health")
+    assert reply.status_code == 503
+    assert reply.json() | {"error": ""} == {
+        "status": "failing",
+        "error": "",
+        "model": running.policy.name,
+        "policy_version": 0,
+    }
+    assert reply.json()["error"] == "the device failed: device lost"
+
+
+# ---- dialects that are not there ----
+
+
+def test_other_dialects_are_refused_with_the_names_of_those_that_are_served(serving):
+    _, (lease,), _ = serving.open()
+    bases = [serving.url + prefix for prefix in ("", "/v1", "/v1/v1")]
+    bases += [serving.model_api(lease), serving.model_api(lease) + "/v1"]
+    for base_url in bases:
+        with openai.OpenAI(base_url=base_url, api_key="any", max_retries=0) as client:
+            for path, call in (
+                ("/responses", lambda client=client: client.responses.create(model="m", input="2+2?")),
+                ("/completions", lambda client=client: client.completions.create(model="m", prompt="2+2?")),
+            ):
+                with pytest.raises(openai.BadRequestError, match=f"does not serve {path} yet") as caught:
+                    call()
+                assert caught.value.type == "invalid_request_error"
+                assert "/chat/completions" in caught.value.message and "/messages" in caught.value.message
