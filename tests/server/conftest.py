@@ -12,7 +12,7 @@ import tokenizers
 
 from lightning_jax import config as config_lib
 from lightning_jax import server
-from lightning_jax.model import export, llama
+from lightning_jax.model import attention, export, llama
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.policy import Policy
 from lightning_jax.server.control import JobRunner
@@ -86,6 +86,20 @@ def tool_model(tmp_path_factory):
     }
     export.save_hf(folder, config, params, tokenizer_files_from=tokenizer_files)
     return folder
+
+
+def full_logprobs(config, params, ids):
+    """[T, V] log-probs of each next token, from one plain forward over the whole sequence."""
+    token_bt = np.array([ids], np.int32)
+    position_bt = np.arange(len(ids), dtype=np.int32)[None]
+    attend = attention.segment_attention(np.ones_like(token_bt), position_bt, None)
+    x_btd, _ = llama.forward(params, config, token_bt, position_bt, attend)
+    logits_tv = np.asarray(llama.unembed(params, config, x_btd[0]), np.float64)
+    return (
+        logits_tv
+        - np.log(np.exp(logits_tv - logits_tv.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - (logits_tv.max(-1, keepdims=True))
+    )
 
 
 @dataclasses.dataclass

@@ -11,7 +11,9 @@ import numpy as np
 import openai
 import pytest
 
-from lightning_jax.model import attention, llama, weights
+from lightning_jax.model import weights
+
+from .conftest import full_logprobs
 
 USER = [{"role": "user", "content": "2+2?"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
@@ -25,21 +27,6 @@ def chat(running, lease, messages=USER, **options):
         return client.chat.completions.create(messages=messages, extra_body=body, **options)
 
 
-def full_logprobs(folder, ids):
-    """[T, V] log-probs of each next token, from one plain forward over the whole sequence."""
-    config, params = weights.load_model(folder)
-    token_bt = np.array([ids], np.int32)
-    position_bt = np.arange(len(ids), dtype=np.int32)[None]
-    attend = attention.segment_attention(np.ones_like(token_bt), position_bt, None)
-    x_btd, _ = llama.forward(params, config, token_bt, position_bt, attend)
-    logits_tv = np.asarray(llama.unembed(params, config, x_btd[0]), np.float64)
-    return (
-        logits_tv
-        - np.log(np.exp(logits_tv - logits_tv.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - (logits_tv.max(-1, keepdims=True))
-    )
-
-
 def test_a_call_is_recorded_as_it_was_sampled(serving, random_model):
     job, leases, ids = serving.open()
     reply = chat(serving, leases[0], n=2, stop="\x00\x00")
@@ -51,7 +38,7 @@ def test_a_call_is_recorded_as_it_was_sampled(serving, random_model):
         assert call.finish_reason == "length" and call.policy_version == serving.policy.version
         assert call.messages == USER and call.reply["content"] == choice.message.content
         whole = [*call.prompt_ids, *call.sampled_ids]
-        logprob_tv = full_logprobs(random_model, whole)
+        logprob_tv = full_logprobs(*weights.load_model(random_model), whole)
         start = len(call.prompt_ids) - 1
         expected = logprob_tv[np.arange(start, start + 8), call.sampled_ids]
         np.testing.assert_allclose(call.logprobs, expected, atol=1e-4)
