@@ -284,8 +284,9 @@ def test_nothing_is_compiled_after_warmup(small, prompts):
     assert [done for done, _ in seen] == list(range(1, seen[0][1] + 1))
     compiled = programs.jitted().compilations()
     run(engine, mixed_requests(prompts), between=engine.step)
-    engine.publish(small.params, 1)
-    run(engine, mixed_requests(prompts))
+    for version, params in enumerate([small.params, jax.device_put(small.params, jax.devices()[0])], 1):
+        engine.publish(params, version)  # a learner's weights are committed to their device, fresh ones are not
+        run(engine, mixed_requests(prompts))
     assert programs.jitted().compilations() == compiled
 
 
