@@ -85,6 +85,10 @@ class Executor:
 
     def publish(self, params: Params) -> None:
         """Copies stacked master weights; programs dispatched from now on use them."""
+        if self._mesh is None:
+            # Everything is committed to the device from the start, as a learner's and a checkpoint's arrays are: for
+            # arrays that are not, JAX compiles programs of their own.
+            params = jax.device_put(params, self._sharding((), ()))
         with self._device():
             self._params = self._programs.prepare_params(params, dtype=self._dtype)
 
@@ -181,9 +185,9 @@ class Executor:
         """Inside it the mesh is current."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.sharding.Sharding | None:
+    def _sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.sharding.Sharding:
         if self._mesh is None:
-            return None
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.sharding.NamedSharding(self._mesh, mesh_lib.partition_spec(self._mesh, shape, axes))
 
 
