@@ -14,14 +14,15 @@ def get_config():
     config.algorithm.kl_coef = 0.001
     config.algorithm.entropy_coef = 0.0
     config.runtime.max_seq_len = 256
-    config.runtime.batch_size = 64  # 8 tasks x 8 rollouts
-    config.runtime.gradient_accumulation = 4
+    config.runtime.batch_size = 32  # 4 tasks x 8 rollouts
+    config.runtime.gradient_accumulation = 2
+    config.runtime.remat = "none"
     config.runtime.total_steps = 20
     config.runtime.eval_interval = 10
     config.runtime.checkpoint_interval = 10
     config.runtime.max_to_keep = 1  # 1.6 GB each
 
-    config.sampler.max_slots = 16
+    config.sampler.max_slots = 32
     config.sampler.kv_cache_tokens = 8192
     config.sampler.page_size = 16
     config.sampler.decode_steps = 4

@@ -32,11 +32,11 @@ def draw(workdirs: list[pathlib.Path], controls: list[pathlib.Path], output: pat
             marker="o",
             markersize=4,
             linestyle="--" if is_control else "-",
-            label=workdir.name + (" (control)" if is_control else ""),
+            label=f"{workdir.name}: rewards shuffled" if is_control else workdir.name,
         )
     axes.set(xlabel="update", ylabel="reward", ylim=(-0.02, 1.02), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="center right", fontsize=8)
     axes.text(0.01, 0.02, "thick: held-out, greedy; thin: training, sampled", transform=axes.transAxes, fontsize=8)
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)

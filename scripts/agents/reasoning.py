@@ -2,7 +2,7 @@
 
 Run as a script it writes tasks, by default sums of two small numbers:
 
-    python scripts/agents/reasoning.py --output=runs/reasoning --dataset=chain_sum --train=512 --test=64
+    python scripts/agents/reasoning.py --output=runs/reasoning --dataset=chain_sum --train=512 --test=32
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/reasoning"))
     parser.add_argument("--dataset", default="chain_sum")
     parser.add_argument("--train", type=int, default=512)
-    parser.add_argument("--test", type=int, default=64)
+    parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--options", type=json.loads, help="the dataset's own settings, as a JSON object")
     arguments = parser.parse_args()
     options = arguments.options
