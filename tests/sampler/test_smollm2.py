@@ -60,6 +60,7 @@ def test_goldens_are_what_transformers_says_now(smollm2_gguf):
     """Every token of a reply is the likeliest after all before it: that is what greedy means."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # its threads wait by spinning, which is slow next to other busy processes
     model = runpy.run_path(str(HERE.parent / "model" / "make_goldens.py"))["transformers_gguf"](smollm2_gguf)
     with torch.no_grad():
         for prompt, reply in zip(PROMPTS, REPLIES, strict=True):
