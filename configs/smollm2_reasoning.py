@@ -1,4 +1,4 @@
-"""Trains SmolLM2-135M-Instruct to add and subtract small numbers, on tasks from reasoning-gym. See the README."""
+"""Trains SmolLM2-135M-Instruct to add and subtract digits, on tasks from reasoning-gym. See the README."""
 
 from lightning_jax import config as config_lib
 
@@ -10,7 +10,7 @@ def get_config():
 
     config.model.path = "models/smollm2-135m-instruct.gguf"
     config.algorithm.group_size = 8
-    config.algorithm.learning_rate = 5e-6
+    config.algorithm.learning_rate = 1e-5
     config.algorithm.kl_coef = 0.001
     config.algorithm.entropy_coef = 0.0
     config.runtime.max_seq_len = 256

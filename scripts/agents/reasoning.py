@@ -1,8 +1,8 @@
 """An agent for the procedural, verifiable tasks of the reasoning-gym package (pip install reasoning-gym).
 
-Run as a script it writes tasks, by default sums of two small numbers:
+Run as a script it writes tasks, by default sums and differences of two digits:
 
-    python scripts/agents/reasoning.py --output=runs/reasoning --dataset=chain_sum --train=512 --test=32
+    python scripts/agents/reasoning.py --output=runs/reasoning --dataset=chain_sum --train=128 --test=32
 """
 
 import argparse
@@ -65,13 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write tasks of a reasoning-gym dataset.")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/reasoning"))
     parser.add_argument("--dataset", default="chain_sum")
-    parser.add_argument("--train", type=int, default=512)
+    parser.add_argument("--train", type=int, default=128)
     parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--options", type=json.loads, help="the dataset's own settings, as a JSON object")
     arguments = parser.parse_args()
     options = arguments.options
     if options is None and arguments.dataset == "chain_sum":
-        options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+        options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     write_tasks(arguments.output, arguments.dataset, {"test": arguments.test, "train": arguments.train}, options or {})
 
 
