@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory):
     return curve(workdir)
 
 
-@pytest.mark.parametrize("at_step", [0, 3, 5])
+@pytest.mark.parametrize("at_step", [0, 3])
 def test_killed_and_started_again_gives_the_same_curve(undisturbed, tmp_path, at_step):
     workdir = tmp_path / "run"
     runs.run_until_killed(workdir, *FLAGS, at_step=at_step)
