@@ -15,7 +15,6 @@ def test_held_out_reward_rises(quickstart):
     result, _, _ = quickstart
     assert result["eval_reward_before"] <= 0.5
     assert result["eval_reward_after"] >= 0.9
-    assert result["total_time"] < 300  # seconds
 
 
 def test_sampler_and_learner_agree_on_every_sampled_token(quickstart):
