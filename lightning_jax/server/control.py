@@ -144,8 +144,8 @@ class JobRunner:
             fields = {"status": "stopped"}
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            if isinstance(error, AgentLightningError):  # it says all there is to say
-                _log.error("job %s failed: %s", job_id, text)
+            if isinstance(error, AgentLightningError):  # whoever asked for the job is told the rest
+                _log.error("job %s failed: %s", job_id, text.partition("\n")[0])
             else:
                 _log.exception("job %s failed", job_id)
             fields = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
