@@ -14,10 +14,18 @@ FLAGS = (
 
 
 def curve(workdir) -> list[dict]:
-    """What training computed; not how long it took or how busy the sampler was."""
-    groups = ("reward/", "policy/", "eval/", "completion/", "rollout/", "train/tokens", "train/sampled_tokens")
+    """What training computed, to the last bit; not how long it took or how busy the sampler was.
+
+    How the sampler's log-probs differ from the learner's is left out: that is rounding, at 1e-7 here, which may depend
+    on who shares a batch, and nothing is computed from it.
+    """
+    groups = ("step", "reward/", "policy/", "eval/", "completion/", "rollout/", "train/tokens", "train/sampled_tokens")
     return [
-        {key: value for key, value in row.items() if key == "step" or key.startswith(groups) and "per_s" not in key}
+        {
+            key: value
+            for key, value in row.items()
+            if key.startswith(groups) and not key.startswith("policy/sampler_learner") and "per_s" not in key
+        }
         for row in runs.metrics(workdir)
     ]
 
