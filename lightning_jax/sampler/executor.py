@@ -106,8 +106,8 @@ class Executor:
             sample[programs.TOP_K : programs.STATE_WIDTH] = sequence.sampling_columns
             if sequence.leader is not None and sequence.target % self._page_size:
                 last = sequence.target // self._page_size
-                sample[programs.COPY_FROM] = sequence.leader.pages[last]
-                sample[programs.COPY_TO] = sequence.pages[last]
+                sample[programs.COPY_FIRST] = last * self._page_size - batch.items[row][1]
+                sample[programs.COPY_PAGE] = sequence.pages[last]
         self._run_prefill(control, samples, batch.chunk)
 
     def _prefill_control(self, rows: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,15 @@ class Dense(NamedTuple):
     """One layer's keys and values of a decode round's rows, by position."""
 
     k: jax.Array  # [B, K, h, S]: with keys in columns, XLA's CPU kernels are 2 to 5 times faster on a single query
-    v: jax.Array  # [B, K, S, h]
+    v: jax.Array  # [B, K, S, w], the head width and zeros up to `_value_width`
+
+
+class Copies(NamedTuple):
+    """Spans of a prefill chunk, each as long as a page, that go to one more page each (0: nowhere)."""
+
+    row_n: jax.Array  # [N] int32, the row of the chunk
+    first_n: jax.Array  # [N] int32, the span's first token in the chunk
+    page_n: jax.Array  # [N] int32
 
 
 def init_pages(
@@ -64,17 +72,27 @@ def write(
     return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
 
 
-def copy(pages: Pages, from_n: jax.Array, to_n: jax.Array) -> Pages:
-    """Copies whole pages; (0, 0) is a copy of the scratch page to itself."""
+def write_copies(pages: Pages, copies: Copies, k_btkh: jax.Array, v_btkh: jax.Array) -> Pages:
+    """Puts page-sized spans of the rows' new keys and values into other pages as well."""
+    page_size = pages.k.shape[1]
+    offset_p = jnp.arange(page_size, dtype=jnp.int32)
+    from_np = copies.first_n[:, None] + offset_p
+    to_np = copies.page_n[:, None] * page_size + offset_p
 
-    def put(array: jax.Array) -> jax.Array:
-        return array.at[to_n].set(array.at[from_n].get(mode="promise_in_bounds"), mode="promise_in_bounds")
+    def put(array: jax.Array, new_btkh: jax.Array) -> jax.Array:
+        flat = array.reshape(-1, *array.shape[2:])
+        new_npkh = new_btkh.at[copies.row_n[:, None], from_np].get(mode="promise_in_bounds").astype(array.dtype)
+        return flat.at[to_np].set(new_npkh, mode="promise_in_bounds").reshape(array.shape)
 
-    return Pages(put(pages.k), put(pages.v))
+    return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
 
 
 def prefill_attention(
-    page_table_bp: jax.Array, position_bt: jax.Array, valid_bt: jax.Array, sliding_window: int | None
+    page_table_bp: jax.Array,
+    position_bt: jax.Array,
+    valid_bt: jax.Array,
+    sliding_window: int | None,
+    copies: Copies | None = None,
 ) -> Attend:
     """Attention of a chunk of each row over the row's pages, the chunk's own tokens included.
 
@@ -88,6 +106,7 @@ def prefill_attention(
         position_bt: [B, T] int32, each token's position in its row.
         valid_bt: [B, T] bool, False for padding.
         sliding_window: positions that a query sees, itself included; None for all.
+        copies: where else to put some of the chunk's keys and values.
 
     Returns:
         An `attend` for `llama.forward` of all tokens in one column, [B * T, 1], whose cache is a list of `Pages`.
@@ -97,6 +116,8 @@ def prefill_attention(
     def attend(q_n1kgh: jax.Array, k_n1kh: jax.Array, v_n1kh: jax.Array, pages: Pages) -> tuple[jax.Array, Pages]:
         q_btkgh, k_btkh, v_btkh = (x.reshape(*position_bt.shape, *x.shape[2:]) for x in (q_n1kgh, k_n1kh, v_n1kh))
         pages = write(pages, page_table_bp, position_bt, valid_bt, k_btkh, v_btkh)
+        if copies is not None:
+            pages = write_copies(pages, copies, k_btkh, v_btkh)
         page_size = pages.k.shape[1]
         block_pages = max(1, BLOCK_TOKENS // page_size)
         block = block_pages * page_size
@@ -114,7 +135,7 @@ def prefill_attention(
             scale_bkgt = _power_of_two(max_bkgt - new_max_bkgt)
             weight_bkgts = jnp.exp2(score_bkgts - new_max_bkgt[..., None])
             sum_bkgt = sum_bkgt * scale_bkgt + jnp.sum(weight_bkgts, axis=-1)
-            out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)
+            out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)[..., :h]
             return out_bkgth, new_max_bkgt, sum_bkgt
 
         zeros_bkgt = jnp.zeros((b, k, g, t), jnp.float32)
@@ -145,7 +166,7 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
     def attend(q_btkgh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, dense: Dense) -> tuple[jax.Array, Dense]:
         dense = Dense(
             dense.k.at[row_b, :, :, position_b].set(k_btkh[:, 0].astype(dense.k.dtype), mode="drop"),
-            dense.v.at[row_b, :, position_b].set(v_btkh[:, 0].astype(dense.v.dtype), mode="drop"),
+            dense.v.at[row_b, :, position_b].set(_pad(v_btkh[:, 0]).astype(dense.v.dtype), mode="drop"),
         )
         b, k, h, length = dense.k.shape
         block = min(length, BLOCK_TOKENS)
@@ -158,8 +179,8 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
         sum_bkgn = jnp.sum(weight_bkgns, axis=-1)
         # Each block is one more entry of the batch: no slice of the values is copied.
         weight_bxgns = jnp.moveaxis(weight_bkgns, 3, 2).reshape(b, k * blocks, -1, 1, block)
-        out_bxgth = _weighted(weight_bxgns, dense.v.reshape(b, k * blocks, block, h))
-        out_bkngh = out_bxgth.reshape(b, k, blocks, -1, h)
+        out_bxgtw = _weighted(weight_bxgns, dense.v.reshape(b, k * blocks, block, -1))
+        out_bkngh = out_bxgtw[..., :h].reshape(b, k, blocks, -1, h)
 
         out_bkgh, sum_bkg = out_bkngh[:, :, 0], sum_bkgn[..., 0]
         if blocks > 1:
@@ -179,11 +200,10 @@ def init_dense(
     config: LlamaConfig, rows: int, length: int, dtype: jnp.dtype, device: jax.sharding.Sharding | None = None
 ) -> list[Dense]:
     """An empty dense copy for every layer."""
-    k, h = config.num_kv_heads, config.head_dim
+    k_shape = (rows, config.num_kv_heads, config.head_dim, length)
+    v_shape = (rows, config.num_kv_heads, length, _value_width(config.head_dim))
     return [
-        Dense(
-            jnp.zeros((rows, k, h, length), dtype, device=device), jnp.zeros((rows, k, length, h), dtype, device=device)
-        )
+        Dense(jnp.zeros(k_shape, dtype, device=device), jnp.zeros(v_shape, dtype, device=device))
         for _ in range(config.num_layers)
     ]
 
@@ -207,7 +227,7 @@ def gather(pages: Pages, page_table_bp: jax.Array) -> Dense:
     _, page_size, k, h = pages.k.shape
     k_bskh = pages.k.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
     v_bskh = pages.v.at[page_table_bp].get(mode="promise_in_bounds").reshape(b, p * page_size, k, h)
-    return Dense(jnp.transpose(k_bskh, (0, 2, 3, 1)), jnp.transpose(v_bskh, (0, 2, 1, 3)))
+    return Dense(jnp.transpose(k_bskh, (0, 2, 3, 1)), _pad(jnp.transpose(v_bskh, (0, 2, 1, 3))))
 
 
 def write_back(
@@ -219,7 +239,7 @@ def write_back(
     index_bt = jnp.minimum(position_bt, dense.v.shape[2] - 1)
     row_b1 = jnp.arange(position_b.shape[0])[:, None]
     k_btkh = dense.k.at[row_b1, :, :, index_bt].get(mode="promise_in_bounds")
-    v_btkh = dense.v.at[row_b1, :, index_bt].get(mode="promise_in_bounds")
+    v_btkh = dense.v.at[row_b1, :, index_bt].get(mode="promise_in_bounds")[..., : pages.v.shape[-1]]
     return write(pages, page_table_bp, position_bt, inside_bt, k_btkh, v_btkh)
 
 
@@ -242,11 +262,23 @@ def _scores(q_btkgh: jax.Array, k_bkhs: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(score_bkxs).reshape(b, k, g, t, -1) * (h**-0.5 * math.log2(math.e))
 
 
-def _weighted(weight_bkgts: jax.Array, v_bksh: jax.Array) -> jax.Array:
-    """Sums of values, [B, K, G, T, h] float32."""
+def _weighted(weight_bkgts: jax.Array, v_bksw: jax.Array) -> jax.Array:
+    """Sums of values, [B, K, G, T, w] float32."""
     return jnp.einsum(
-        "bkgts,bksh->bkgth", weight_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
+        "bkgts,bksw->bkgtw", weight_bkgts.astype(v_bksw.dtype), v_bksw, preferred_element_type=jnp.float32
     )
+
+
+def _value_width(head_dim: int) -> int:
+    """Width of values where they are multiplied. On CPU, products of other than 64, 128, ... columns do not sum in the
+    same order for few rows and for many.
+    """
+    return -(-head_dim // 64) * 64 if jax.default_backend() == "cpu" else head_dim
+
+
+def _pad(v: jax.Array) -> jax.Array:
+    h = v.shape[-1]
+    return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, _value_width(h) - h)])
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

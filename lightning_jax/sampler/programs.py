@@ -23,10 +23,10 @@ STATE_WIDTH = STOP + MAX_STOP_IDS
 # What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table.
 START, LENGTH, PREFILL_WIDTH = range(3)
 # And for each sequence that samples after it: its slot, its row, how many tokens it may sample (these stand where the
-# state has what is not known yet), the columns from `TOP_K` on as in the state, and a page to copy and where to. A
-# sequence that shares its row with others gets its own copy of the page that it will write to.
+# state has what is not known yet), the columns from `TOP_K` on as in the state, and for a sequence that shares its row
+# with another the page that it will write to, and which token of the chunk is the first that belongs there.
 SLOT, ROW, ROOM = range(3)
-COPY_FROM, COPY_TO, SAMPLE_WIDTH = range(STATE_WIDTH, STATE_WIDTH + 3)
+COPY_FIRST, COPY_PAGE, SAMPLE_WIDTH = range(STATE_WIDTH, STATE_WIDTH + 3)
 
 
 def init_state(num_slots: int, device: jax.sharding.Sharding | None = None) -> jax.Array:
@@ -117,9 +117,9 @@ def prefill(
     offset_t = jnp.arange(chunk, dtype=jnp.int32)
     position_bt = start_b[:, None] + offset_t
     valid_bt = offset_t < length_b[:, None]
-    attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window)
+    copies = kv_cache.Copies(samples[:, ROW], samples[:, COPY_FIRST], samples[:, COPY_PAGE])
+    attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window, copies)
     x_m1d, pages = llama.forward(params, config, token_bt.reshape(-1, 1), position_bt.reshape(-1, 1), attend, pages)
-    pages = [kv_cache.copy(layer, samples[:, COPY_FROM], samples[:, COPY_TO]) for layer in pages]
 
     row_n = samples[:, ROW]
     last_n = row_n * chunk + jnp.maximum(length_b[row_n] - 1, 0)

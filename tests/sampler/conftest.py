@@ -24,7 +24,7 @@ SMALL = llama.LlamaConfig(
 DEFAULTS = {
     "max_slots": 8,
     "page_size": 16,
-    "num_pages": 128,
+    "num_pages": 1024,
     "max_seq_len": 256,
     "decode_steps": 4,
     "prefill_chunk": 64,
