@@ -358,11 +358,12 @@ from tests.sampler.conftest import SMALL, Model, random_model, run
 model = random_model(SMALL)
 rng = np.random.default_rng(0)
 sampling = [SamplingParams(max_tokens=16, noise_key=(i, 1)) for i in range(5)]
-requests = [(str(i), rng.integers(0, 150, 20 + 9 * i).tolist(), sampling[i]) for i in range(5)]
-expected = run(model.engine(), requests)
+requests = [(str(i), rng.integers(0, 150, 5 + 8 * i).tolist(), sampling[i]) for i in range(5)]
+sizes = {"max_seq_len": 64, "prefill_chunk": 16, "max_slots": 4}
+expected = run(model.engine(**sizes), requests)
 devices = mesh.make_mesh(fsdp=2, tensor=2)
 params = jax.device_put(model.params, mesh.shardings(devices, llama.abstract_params(SMALL)))
-engine = Model(SMALL, params).engine(mesh=devices)
+engine = Model(SMALL, params).engine(**sizes, mesh=devices)
 done = run(engine, requests)
 for name in expected:
     assert done[name].token_ids == expected[name].token_ids
