@@ -21,7 +21,7 @@ import optax
 import tokenizers
 from absl import app, flags
 
-from lightning_jax.model import attention, export, llama
+from lightning_jax.model import attention, export, llama, shapes
 from lightning_jax.text import tokenizer as tokenizer_lib
 
 _OUTPUT = flags.DEFINE_string("output", "lightning_jax/builtin/tiny", "folder that receives the model")
@@ -72,26 +72,7 @@ CALCULATOR = {
     },
 }
 
-CONFIG = llama.LlamaConfig(
-    vocab_size=264,
-    hidden_size=256,
-    intermediate_size=512,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=32,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    rms_norm_eps=1e-5,
-    tie_embeddings=True,
-    attention_bias=False,
-    qk_norm=False,
-    sliding_window=None,
-    max_seq_len=2048,
-    model_type="llama",
-    eos_ids=(257,),
-    pad_id=256,
-)
+CONFIG = shapes.named_shape("tiny")
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
