@@ -8,6 +8,7 @@ symlink `latest` is swapped. A process killed at any moment, or a disk that fill
                         optimizer   optimizer state and step
                         extra       JSON: data position, seed, history, whatever the loop needs to go on
     checkpoints/latest -> step-20
+    checkpoints/best   -> step-10       of the newest job, by held-out reward; not there without held-out tasks
 """
 
 import json
@@ -37,7 +38,8 @@ def save(
         step: N, of the training loop; an existing checkpoint of this step is replaced.
         state: the learner's.
         extra: anything JSON.
-        max_to_keep: how many checkpoints to leave, this one included; None for all. The disk needs room for one more.
+        max_to_keep: how many checkpoints to leave, this one included and `best` not counted; None for all. The disk
+            needs room for one more.
 
     Raises:
         TrainingError: it could not be written (a full disk, most often). Older checkpoints are as they were.
@@ -56,7 +58,7 @@ def save(
             checkpointer.save(temporary, args=items)
         if jax.process_index() == 0:
             _put_in_place(temporary, final)
-            _point_latest_to(final)
+            _point("latest", final)
             _remove_oldest(folder, max_to_keep)
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and RuntimeError for a full disk
         _remove_temporaries(folder)
@@ -70,12 +72,56 @@ def save(
 
 def latest(folder: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint in a folder of checkpoints, or None."""
-    folder = Path(folder).absolute()
-    link = folder / "latest"
-    if link.is_symlink() and link.exists():
-        return link.resolve()
+    linked = _linked(folder, "latest")
+    if linked is not None:
+        return linked
     steps = all_steps(folder)  # killed between the two renames of a replacement, or copied without links
     return steps[-1] if steps else None
+
+
+def best(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint that `mark_best` was last given, or None."""
+    return _linked(folder, "best")
+
+
+def mark_best(path: Path) -> None:
+    """Points `best`, beside a checkpoint, to it; it is kept for as long as `best` does."""
+    _point("best", path)
+
+
+def resolve(folder: str | os.PathLike, name: str) -> Path:
+    """The checkpoint that a user means.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        name: `latest`, `best` or `step-N`, or a path that ends in one of these, such as those in a result. The path
+            itself need not be this machine's: a client's copy of `step-N` stands for the one it was made from.
+
+    Raises:
+        InvalidConfigError: there is none of that name, with those there are; or the path is another run's.
+    """
+    folder = Path(folder).absolute()
+    path = Path(name)
+    if path.is_absolute() and (path / "params").is_dir() and path.resolve().parent != folder.resolve():
+        raise InvalidConfigError(
+            f"checkpoint {name} is not of this run, which keeps its own in {folder}",
+            hint="start a server in that run's work directory",
+        )
+    found = None
+    if path.name == "latest":
+        found = latest(folder)
+    elif path.name == "best":
+        found = best(folder)
+    elif _STEP.fullmatch(path.name) and (folder / path.name).is_dir():
+        found = folder / path.name
+    if found is None:
+        there = [step.name for step in all_steps(folder)]
+        there += [link for link, target in (("latest", latest(folder)), ("best", best(folder))) if target]
+        hint = f"there are {', '.join(there)}" if there else "none has been saved yet"
+        if path.name == "best" and there:
+            hint += "; the best is known once held-out tasks (test_file) were evaluated"
+        raise InvalidConfigError(f"there is no checkpoint {name!r} in {folder}", hint=hint)
+    return found
 
 
 def all_steps(folder: str | os.PathLike) -> list[Path]:
@@ -159,6 +205,13 @@ def _restore(found: Path, **items: Any) -> Any:
         ) from error
 
 
+def _linked(folder: str | os.PathLike, name: str) -> Path | None:
+    """The checkpoint that a link names; None without the link, or if what it names is gone."""
+    folder = Path(folder).absolute()
+    link = folder / name
+    return folder / os.readlink(link) if link.is_symlink() and link.is_dir() else None
+
+
 def _step(path: Path) -> int:
     return int(_STEP.fullmatch(path.name)[1])
 
@@ -172,16 +225,19 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     _remove_temporaries(final.parent)
 
 
-def _point_latest_to(final: Path) -> None:
-    link = final.with_name(f"{_TEMPORARY}latest")
+def _point(name: str, final: Path) -> None:
+    """Swaps the link `name` beside a checkpoint, so that it names one at every moment."""
+    link = final.with_name(f"{_TEMPORARY}{name}")
+    link.unlink(missing_ok=True)  # of a process that was killed here
     link.symlink_to(final.name)
-    os.replace(link, final.with_name("latest"))
+    os.replace(link, final.with_name(name))
     _sync_folder(final.parent)
 
 
 def _remove_oldest(folder: Path, max_to_keep: int | None) -> None:
     for path in all_steps(folder)[: -max_to_keep if max_to_keep else 0]:
-        if path != latest(folder):  # it is when a run that began anew in this folder counts from a lower step
+        # The latest is among them when a run that began anew in this folder counts from a lower step.
+        if path not in (latest(folder), best(folder)):
             os.rename(path, path.with_name(f"{_TEMPORARY}old-{path.name}"))  # never seen half removed
     _remove_temporaries(folder)
 

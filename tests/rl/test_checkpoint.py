@@ -109,6 +109,51 @@ def test_without_the_link_the_highest_step_is_the_latest(tmp_path):
     assert checkpoint.latest(tmp_path) == tmp_path / "step-10"
 
 
+def test_the_best_is_kept_however_old_and_found_by_its_name(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, make_state(step), {}, max_to_keep=2)
+        if step == 1:
+            assert checkpoint.best(tmp_path) is None
+            checkpoint.mark_best(tmp_path / "step-1")
+    assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-1", "step-3", "step-4"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-1" and os.readlink(tmp_path / "best") == "step-1"
+
+    (tmp_path / "tmp.best").symlink_to("step-1")  # left by a process that was killed between two calls
+    checkpoint.mark_best(tmp_path / "step-4")
+    checkpoint.save(tmp_path, 5, make_state(5), {}, max_to_keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-4", "step-5"]
+    assert_equal(checkpoint.restore(tmp_path / "best", abstract(make_state(0)))[0], make_state(4))
+
+
+def test_names_are_resolved_as_users_write_them(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    with pytest.raises(InvalidConfigError, match=r"no checkpoint 'latest' in .*\n.*none has been saved yet"):
+        checkpoint.resolve(folder, "latest")
+    for step in (3, 20):
+        checkpoint.save(folder, step, make_state(step), {})
+    with pytest.raises(InvalidConfigError, match="there are step-3, step-20, latest; the best is known once held-out"):
+        checkpoint.resolve(folder, "best")
+    checkpoint.mark_best(folder / "step-3")
+    for name, step in {
+        "latest": 20,
+        "best": 3,
+        "step-3": 3,
+        "checkpoints/latest": 20,
+        "checkpoints/step-20": 20,
+        str(folder / "step-20"): 20,
+        str(folder / "best"): 3,
+        "/home/me/copies/step-3": 3,  # the client's, on another machine
+    }.items():
+        assert checkpoint.resolve(folder, name) == folder / f"step-{step}", name
+    for name in ("step-4", "step-03", "newest", "", "../checkpoints", "step-3/params", str(folder)):
+        with pytest.raises(InvalidConfigError, match="there are step-3, step-20, latest, best"):
+            checkpoint.resolve(folder, name)
+    with pytest.raises(InvalidConfigError, match="is not of this run"):
+        checkpoint.resolve(tmp_path / "other" / "checkpoints", str(folder / "step-3"))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert checkpoint.resolve(folder, str(tmp_path / "link/checkpoints/step-3")) == folder / "step-3"
+
+
 def test_what_does_not_fit_is_refused_with_words(tmp_path):
     with pytest.raises(InvalidConfigError, match="no checkpoint at"):
         checkpoint.restore(tmp_path, abstract(make_state(0)))
