@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightning_jax.model import llama, shapes, weights
+from lightning_jax.model import llama, shapes
 from lightning_jax.rl import packing, trajectory
 from lightning_jax.rl.learner import Learner, LearnerSettings
 
 
 def main() -> None:
     args = _parse_args()
-    config, params = _load(args.model)
+    config, params = shapes.load_or_random(args.model)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     limit = matmul_flops_per_s(dtype)
     for num_rows in args.rows:
@@ -113,14 +113,6 @@ def matmul_flops_per_s(dtype: str) -> float:
         product(a).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
-
-
-def _load(model: str) -> tuple[llama.LlamaConfig, llama.Params]:
-    """The model at a path, or random weights of a named shape."""
-    if not model.startswith("random:"):
-        return weights.load_model(model)
-    config = shapes.named_shape(model.removeprefix("random:"))
-    return config, jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
 
 
 def _parse_args() -> argparse.Namespace:

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightning_jax.model import llama, shapes, weights
+from lightning_jax.model import llama, shapes
 from lightning_jax.sampler.engine import Engine, Request, SamplingParams, noise_key
 
 
 def main() -> None:
     args = _parse_args()
-    config, params = _load(args.model)
+    config, params = shapes.load_or_random(args.model)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     bandwidth = copy_bytes_per_s()
     for batch, prompt, new in itertools.product(args.batch, args.prompt, args.new):
@@ -144,14 +144,6 @@ def copy_bytes_per_s() -> float:
         x = copy(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * x.nbytes / min(seconds)
-
-
-def _load(model: str) -> tuple[llama.LlamaConfig, llama.Params]:
-    """The model at a path, or random weights of a named shape."""
-    if not model.startswith("random:"):
-        return weights.load_model(model)
-    config = shapes.named_shape(model.removeprefix("random:"))
-    return config, jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
 
 
 def _parse_args() -> argparse.Namespace:

@@ -1,6 +1,9 @@
 """Published sizes by name, for measurements with random weights."""
 
+import jax
+
 from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax.model import llama, weights
 from lightning_jax.model.config import LlamaConfig, RopeScaling
 
 _LLAMA32 = {
@@ -68,3 +71,15 @@ def named_shape(name: str) -> LlamaConfig:
     if name not in SHAPES:
         raise InvalidConfigError(f"no model shape is called {name!r}", hint=f"known shapes: {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def load_or_random(model: str) -> tuple[LlamaConfig, llama.Params]:
+    """The model at a path, or for `random:NAME` weights drawn for the shape of that name.
+
+    Raises:
+        InvalidConfigError: there is no such shape, or the model cannot be read.
+    """
+    if not model.startswith("random:"):
+        return weights.load_model(model)
+    config = named_shape(model.removeprefix("random:"))
+    return config, jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
