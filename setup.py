@@ -44,6 +44,7 @@ EXTRAS = {
         "pytest>=8.0",
         "pytest-asyncio>=1.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "reasoning-gym>=0.1.19",
         "ruff>=0.9",
         "wandb>=0.19",

@@ -25,4 +25,5 @@ if ! "$VENV_PYTHON" -c "import sys, torch; sys.exit(torch.__version__.split('+')
     fi
 fi
 
-exec "$VENV_PYTHON" -m pytest "$@"
+# Two processes, each with whole files, so that a file's tests share what they compiled. -n 0 runs all in one.
+exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile "$@"
