@@ -14,6 +14,7 @@ COMMON = [
     "gguf>=0.17",
     "grain>=0.2.12",
     "jinja2>=3.1.6",  # chat templates; transformers wants no older one
+    "llguidance>=1.3",
     "ml_collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -39,6 +40,7 @@ EXTRAS = {
     "dev": [
         "anthropic>=0.40",
         "hypothesis>=6.100",
+        "jsonschema>=4.20",
         "matplotlib>=3.9",
         "openai>=1.60",
         "pytest>=8.0",

@@ -166,6 +166,7 @@ class Policy:
         *,
         should_stop: Callable[[list[int]], int | None] | None = None,
         on_tokens: Callable[[list[int], np.ndarray], None] | None = None,
+        on_top_logprobs: Callable[[list[list[tuple[int, float]]] | None], None] | None = None,
         fairness_key: str = "",
     ) -> concurrent.futures.Future:
         """Queues one sample; the future has its `Completion`, and an attribute `request_id` for `cancel`.
@@ -183,6 +184,7 @@ class Policy:
             on_done=future.set_result,
             should_stop=should_stop,
             on_tokens=on_tokens,
+            on_top_logprobs=on_top_logprobs,
             fairness_key=fairness_key,
         )
         if self._device.error is not None:

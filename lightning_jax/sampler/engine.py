@@ -18,10 +18,13 @@ import numpy as np
 from lightning_jax.model.llama import LlamaConfig, Params
 from lightning_jax.sampler import executor, programs, scheduler
 from lightning_jax.sampler.request import MAX_STOP_IDS, Completion, QueueFull, Request, SamplingParams, noise_key
+from lightning_jax.sampler.shaping import Shape
 
 __all__ = ["Completion", "Engine", "QueueFull", "Request", "SamplingParams", "noise_key"]
 
 _log = logging.getLogger(__name__)
+
+_HASTE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,13 @@ class _Round:
     """A dispatched decode round.
 
     Attributes:
-        members: (sequence, its row, whether the token it began with is news to the host).
-        sampled: see `programs.decode`.
+        members: (sequence, its row, tokens in flight on its account, whether the one it began with is among them).
+        sampled, top: see `programs.decode`; `top` only if somebody wants to know.
     """
 
-    members: list[tuple[scheduler.Sequence, int, bool]]
+    members: list[tuple[scheduler.Sequence, int, int, bool]]
     sampled: jax.Array
+    top: jax.Array | None
 
 
 class Engine:
@@ -118,7 +122,8 @@ class Engine:
         Raises:
             QueueFull: `max_queue` requests are waiting.
             ValueError: the prompt is empty or leaves no room in the context, a token id is none of the model's, there
-                are too many stop ids, or the request id is in use.
+                are too many stop ids, a bias names none of the model's tokens, the grammar cannot begin, or the
+                request id is in use.
         """
         sequence = self._sequence(request)
         with self._lock:
@@ -238,12 +243,20 @@ class Engine:
         return members
 
     def _decode(self, members: list[scheduler.Sequence]) -> None:
-        sampled, rows = self._executor.decode(members)
+        waiting = [sequence for sequence in self._scheduler.running.values() if sequence.waits]
+        # Who waits for the host after every token gets one in each second round: for them rounds are shorter.
+        steps = (
+            max(1, self.decode_steps // _HASTE) if waiting or any(s.stepwise for s in members) else self.decode_steps
+        )
+        sampled, top, rows = self._executor.decode(members, waiting, steps)
         self._counts["decode_rounds"] += 1
-        self._rounds.append(_Round([(s, row, s.fresh) for s, row in zip(members, rows, strict=True)], sampled))
-        for sequence in members:
-            sequence.in_flight += self.decode_steps
+        entries = []
+        for sequence, row in zip(members, rows, strict=True):
+            count = 1 if sequence.stepwise else steps
+            entries.append((sequence, row, count + sequence.fresh, sequence.fresh))
+            sequence.in_flight += count
             sequence.fresh = False
+        self._rounds.append(_Round(entries, sampled, top))
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -253,20 +266,24 @@ class Engine:
         token_bt, logprob_bt = programs.read_sampled(np.asarray(entry.sampled))
         counts = (token_bt[:, 1:] >= 0).sum(axis=1).tolist()
         tokens, logprobs = token_bt.tolist(), logprob_bt.tolist()
-        for sequence, row, fresh in entry.members:
+        top_btn = None if entry.top is None else programs.read_top(np.asarray(entry.top))
+        for sequence, row, in_flight, fresh in entry.members:
             if sequence.done:
                 continue
-            sequence.in_flight -= self.decode_steps + fresh
+            sequence.in_flight -= in_flight
             span = slice(0 if fresh else 1, 1 + counts[row])
+            if not np.isfinite(logprob_bt[row, span]).all():
+                self._deliver(sequence, "error", "the logits are not finite: the weights have diverged")
+                continue
+            if sequence.shape is not None and sequence.shape.wants_top:
+                sequence.shape.add_top(*(x[row, : counts[row]] for x in top_btn))
             try:
                 reason = self._extend(sequence, tokens[row][span], logprobs[row][span])
             except Exception as error:  # in the request's own functions; nobody else's request suffers
                 _log.exception("request %s failed", sequence.request.request_id)
                 self._deliver(sequence, "error", f"{type(error).__name__}: {error}")
                 continue
-            if not np.isfinite(logprob_bt[row, span]).all():
-                self._deliver(sequence, "error", "the logits are not finite: the weights have diverged")
-            elif reason is not None:
+            if reason is not None:
                 self._deliver(sequence, reason)
 
     def _extend(self, sequence: scheduler.Sequence, tokens: list[int], logprobs: list[float]) -> str | None:
@@ -280,6 +297,9 @@ class Engine:
             reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             reason = "length"
+        if sequence.shape is not None and reason is None:
+            sequence.shape.accept(tokens)
+            reason = "stop" if sequence.shape.finished else None
         if request.should_stop is not None:
             keep = request.should_stop(sequence.tokens[sequence.prompt_length :])
             if keep is not None:
@@ -288,6 +308,8 @@ class Engine:
                     del sequence.tokens[-drop:], sequence.logprobs[-drop:]
                     tokens, logprobs = tokens[:-drop], logprobs[:-drop]
                 reason = "stop"
+        if request.on_top_logprobs is not None and tokens:
+            request.on_top_logprobs(sequence.top_logprobs(len(sequence.logprobs) - len(tokens), len(sequence.logprobs)))
         if request.on_tokens is not None and tokens:
             request.on_tokens(tokens, np.asarray(logprobs, np.float32))
         return reason
@@ -306,6 +328,8 @@ class Engine:
             cached_tokens=sequence.cached_tokens,
             policy_version=self.version if sequence.policy_version is None else sequence.policy_version,
             error=error,
+            top_logprobs=sequence.top_logprobs(0, len(sequence.logprobs)),
+            constrained=request.sampling.constrained,
         )
         try:
             request.on_done(completion)
@@ -326,10 +350,14 @@ class Engine:
         stop_ids = sampling.stop_ids if sampling.ignore_eos else (*self._eos_ids, *sampling.stop_ids)
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids, the model's included; at most {MAX_STOP_IDS} may be given")
+        shape = None
+        if sampling.penalized or sampling.min_tokens or sampling.top_logprobs or sampling.grammar is not None:
+            shape = Shape(sampling, request.prompt_ids, stop_ids, self.config.vocab_size)
         return scheduler.Sequence(
             request,
             prompt.tolist(),
             limit=min(prompt.size + sampling.max_tokens, self.max_seq_len),
             stop_ids=stop_ids,
             sampling_columns=programs.sampling_columns(sampling, stop_ids),
+            shape=shape,
         )

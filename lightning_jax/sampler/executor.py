@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import LlamaConfig, Params
-from lightning_jax.sampler import kv_cache, programs
+from lightning_jax.sampler import kv_cache, programs, sampling, shaping
 from lightning_jax.sampler.scheduler import PrefillBatch, Sequence
 
 
@@ -101,9 +101,11 @@ class Executor:
             row[first : first + length] = sequence.tokens[start : start + length]
             row[first + batch.chunk :] = self._page_table[sequence.slot]
         for sample, (row, sequence) in zip(samples, batch.samples(), strict=False):
-            sample[programs.SLOT], sample[programs.ROW] = sequence.slot, row
-            sample[programs.ROOM] = sequence.limit - sequence.target
-            sample[programs.TOP_K : programs.STATE_WIDTH] = sequence.sampling_columns
+            sample[programs.ROW] = row
+            if sequence.shape is None:  # else a decode round samples its next token, and only pages are copied here
+                sample[programs.SLOT] = sequence.slot
+                sample[programs.ROOM] = sequence.limit - sequence.target
+                sample[programs.TOP_K : programs.STATE_WIDTH] = sequence.sampling_columns
             if sequence.leader is not None and sequence.target % self._page_size:
                 last = sequence.target // self._page_size
                 sample[programs.COPY_FIRST] = last * self._page_size - batch.items[row][1]
@@ -117,13 +119,25 @@ class Executor:
         samples[:, programs.SLOT] = self._padding_slot
         return control, samples
 
-    def decode(self, members: list[Sequence]) -> tuple[jax.Array, list[int]]:
-        """Dispatches one decode round. Returns what `programs.decode` sampled, and each member's row in it."""
-        longest = max(len(sequence.pages) for sequence in members)
-        rows, width = next(shape for shape in self._decode_shapes if shape[0] >= len(members) and shape[1] >= longest)
+    def decode(
+        self, members: list[Sequence], waiting: list[Sequence], steps: int
+    ) -> tuple[jax.Array, jax.Array | None, list[int]]:
+        """Dispatches one decode round.
+
+        Args:
+            members: who samples.
+            waiting: who runs and cannot sample yet, so that their places in the workspace are kept.
+            steps: tokens to sample of each, at most; as many as there are in a round where nobody has a shape.
+
+        Returns:
+            What `programs.decode` sampled, the likeliest tokens if somebody wants to know, and each member's row.
+        """
+        present = [*members, *waiting]
+        longest = max(len(sequence.pages) for sequence in present)
+        rows, width = next(shape for shape in self._decode_shapes if shape[0] >= len(present) and shape[1] >= longest)
         self._use_workspace(rows, width)
-        seats, loads = self._workspace.seat(members)
-        slots = [sequence.slot for sequence in members]
+        seats, loads = self._workspace.seat(present)
+        slots = [sequence.slot for sequence in present]
         table = self._page_table[slots, :width]
         control = np.zeros((rows, 2 + width), np.int32)
         control[:, 0] = self._padding_slot
@@ -131,9 +145,52 @@ class Executor:
         control[:, 1] = -1
         control[: len(loads), 1] = loads
         control[seats, 2 : 2 + table.shape[1]] = table
-        sampled = self._run_decode(control)
+        shaped = [(seat, m) for seat, m in zip(seats, members, strict=False) if m.shape is not None]
+        round_shaping, wants_top = None, False
+        if waiting or any(m.shape.in_force or not m.shape.placed for _, m in shaped):
+            round_shaping = self._shaping(shaped, rows, steps)
+            wants_top = bool(round_shaping.rank)
+        sampled, top = self._run_decode(control, round_shaping)
         sampled.copy_to_host_async()
-        return sampled, seats
+        if wants_top:
+            top.copy_to_host_async()
+        return sampled, top if wants_top else None, seats[: len(members)]
+
+    def _shaping(self, shaped: list[tuple[int, Sequence]], rows: int, steps: int) -> programs.Shaping:
+        """What the device is told of the rows that have a shape, given as (row, sequence)."""
+        vocab_size = self._config.vocab_size
+        placed_b = np.zeros(rows, bool)
+        state_bs = np.zeros((rows, programs.STATE_WIDTH), np.int32)
+        allowed_bw = shaping.all_allowed(rows, vocab_size)
+        penalties, shaped_steps = None, 0
+        if any(sequence.shape.penalized for _, sequence in shaped):
+            bias_bv = np.zeros((rows, vocab_size), np.float32)
+            penalties = sampling.Penalties(bias_bv, np.zeros_like(allowed_bw), np.ones(rows, np.float32))
+        for row, sequence in shaped:
+            shape = sequence.shape
+            if shape.stepwise or not shape.placed:
+                left = 1 if shape.stepwise else sequence.limit - len(sequence.tokens)
+                placed_b[row] = True
+                state_bs[row, : programs.TOP_K] = sequence.tokens[-1], len(sequence.tokens) - 1, left, 0
+                state_bs[row, programs.TOP_K :] = sequence.sampling_columns
+                shape.placed = not shape.stepwise
+            shape.write_mask(allowed_bw[row])
+            if shape.penalized:
+                repetition = shape.write_penalties(penalties.bias_bv[row], penalties.seen_bw[row])
+                penalties.repetition_b[row] = repetition
+            if shape.stepwise:
+                shaped_steps = max(shaped_steps, 1)
+            elif shape.penalized:
+                shaped_steps = self._decode_steps
+        return programs.Shaping(
+            steps=np.int32(steps),
+            placed_b=placed_b,
+            state_bs=state_bs,
+            allowed_bw=allowed_bw,
+            shaped_steps=np.int32(shaped_steps),
+            rank=np.bool_(any(sequence.shape.wants_top for _, sequence in shaped)),
+            penalties=penalties,
+        )
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles, or loads from the compilation cache, every program that a plan can need."""
@@ -157,19 +214,22 @@ class Executor:
                 self._params, self._pages, self._state, control, samples, config=self._config, chunk=chunk
             )
 
-    def _run_decode(self, control: np.ndarray) -> jax.Array:
+    def _run_decode(
+        self, control: np.ndarray, round_shaping: programs.Shaping | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         arrays = self._workspace.arrays
         with self._device():
-            self._pages, self._workspace.arrays, self._state, sampled = self._programs.decode(
+            self._pages, self._workspace.arrays, self._state, sampled, top = self._programs.decode(
                 self._params,
                 self._pages,
                 arrays,
                 self._state,
                 control,
+                round_shaping,
                 config=self._config,
                 steps=self._decode_steps,
             )
-        return sampled
+        return sampled, top
 
     def _use_workspace(self, rows: int, width: int) -> None:
         """Makes the workspace one of this shape; what another held is dropped."""

@@ -7,6 +7,7 @@ with a dispatch: few arrays in, one array out, one scatter. The last row of the 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from lightning_jax.model import llama
 from lightning_jax.model.llama import LlamaConfig
 from lightning_jax.sampler import kv_cache, sampling
-from lightning_jax.sampler.request import MAX_STOP_IDS, SamplingParams
+from lightning_jax.sampler.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, SamplingParams
 
 # Columns of a slot's state. The token at `POSITION` has been sampled but not been fed to the model.
 TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, STOP = range(10)
@@ -27,6 +28,21 @@ START, LENGTH, PREFILL_WIDTH = range(3)
 # with another the page that it will write to, and which token of the chunk is the first that belongs there.
 SLOT, ROW, ROOM = range(3)
 COPY_FIRST, COPY_PAGE, SAMPLE_WIDTH = range(STATE_WIDTH, STATE_WIDTH + 3)
+
+
+class Shaping(NamedTuple):
+    """What a decode round is told where a request does not sample from the model's own distribution.
+
+    A row that the host must see a token of before it can say more takes one step: its state then has 1 at `REMAINING`.
+    """
+
+    steps: jax.Array  # [] int32, the most steps that the round takes
+    placed_b: jax.Array  # [B] bool, rows that go on from `state_bs` and not from their slot
+    state_bs: jax.Array  # [B, STATE_WIDTH] int32
+    allowed_bw: jax.Array  # [B, W] uint32, see `sampling.shape_logits`
+    shaped_steps: jax.Array  # [] int32, the steps, from the first on, for which `allowed_bw` and `penalties` hold
+    rank: jax.Array  # [] bool, whether the likeliest tokens are wanted
+    penalties: sampling.Penalties | None
 
 
 def init_state(num_slots: int, device: jax.sharding.Sharding | None = None) -> jax.Array:
@@ -139,10 +155,11 @@ def decode(
     dense: list[kv_cache.Dense] | None,
     state: jax.Array,
     control: jax.Array,
+    shaping: Shaping | None = None,
     *,
     config: LlamaConfig,
     steps: int,
-) -> tuple[list[kv_cache.Pages], list[kv_cache.Dense] | None, jax.Array, jax.Array]:
+) -> tuple[list[kv_cache.Pages], list[kv_cache.Dense] | None, jax.Array, jax.Array, jax.Array | None]:
     """Samples up to `steps` tokens for each row, or until every row has stopped.
 
     Args:
@@ -150,18 +167,25 @@ def decode(
         pages, dense, state: donated. Without `dense` attention reads the pages.
         control: [B, 2 + P] int32, the row's slot, the rows to load into `dense` (see `kv_cache.load`), and the row's
             page table, which covers the positions of this round and has the length of `dense`.
+        shaping: None where every row samples from the model's own distribution; that is a program of its own.
 
     Returns:
         The new pages, dense copy and state, and what was sampled: [B, 2 * (1 + steps)] int32, first the ids, then the
         log-probs' bits. The first of each is the token that the round began with; ids are -1 after a row has stopped.
+        Last, with `shaping`, the likeliest tokens of each step, ids and then log-probs' bits, [B, steps, 2 * N] int32.
     """
     slot_b, load_b, page_table_bp = control[:, 0], control[:, 1], control[:, 2:]
     rows = state.at[slot_b].get(mode="promise_in_bounds")
+    num_top, top_btn, last_step = 0, None, steps
+    if shaping is not None:
+        rows = jnp.where(shaping.placed_b[:, None], shaping.state_bs, rows)
+        num_top, last_step = min(MAX_TOP_LOGPROBS, config.vocab_size), shaping.steps
+        top_btn = jnp.zeros((slot_b.shape[0], steps, 2 * num_top), jnp.int32)
     start_b = rows[:, POSITION]
     noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32))
 
     def step(carry):
-        i, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt = carry
+        i, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt, top_btn = carry
         active_b = remaining_b > 0
         if dense is None:
             attend = kv_cache.prefill_attention(
@@ -172,22 +196,26 @@ def decode(
         x_btd, cache = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, cache)
         logits_bv = llama.unembed(params, config, x_btd[:, 0])
         noise_b = jax.lax.dynamic_index_in_dim(noise_bt, i, axis=1, keepdims=False)
-        sampled_b, logprob_b = _sample(logits_bv, rows, noise_b)
+        if shaping is None:
+            sampled_b, logprob_b = _sample(logits_bv, rows, noise_b)
+        else:
+            sampled_b, logprob_b, top_bn = _sample_shaped(logits_bv, rows, noise_b, shaping, i, num_top)
+            top_btn = top_btn.at[:, i].set(top_bn)
         tokens_bt = tokens_bt.at[:, i].set(jnp.where(active_b, sampled_b, -1))
         logprobs_bt = logprobs_bt.at[:, i].set(logprob_b)
         token_b = jnp.where(active_b, sampled_b, token_b)
         position_b = position_b + active_b
         remaining_b = jnp.where(active_b & ~_stops(sampled_b, rows), remaining_b - 1, 0)
-        return i + 1, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt
+        return i + 1, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt, top_btn
 
     cache = pages
     if dense is not None:
         cache = [kv_cache.load(*layer, page_table_bp, load_b) for layer in zip(pages, dense, strict=True)]
     shape = (slot_b.shape[0], steps)
     carry = (0, rows[:, TOKEN], start_b, rows[:, REMAINING], cache)
-    carry += (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    carry = jax.lax.while_loop(lambda carry: (carry[0] < steps) & jnp.any(carry[3] > 0), step, carry)
-    _, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt = carry
+    carry += (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), top_btn)
+    carry = jax.lax.while_loop(lambda carry: (carry[0] < last_step) & jnp.any(carry[3] > 0), step, carry)
+    _, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt, top_btn = carry
 
     if dense is None:
         pages = cache
@@ -200,7 +228,7 @@ def decode(
     known_b3 = jnp.stack([token_b, position_b, remaining_b], axis=-1)
     state = state.at[slot_b].set(jnp.concatenate([known_b3, rows[:, LOGPROB:]], axis=-1), mode="promise_in_bounds")
     sampled = [rows[:, TOKEN, None], tokens_bt, rows[:, LOGPROB, None], _bits(logprobs_bt)]
-    return pages, dense, state, jnp.concatenate(sampled, axis=-1)
+    return pages, dense, state, jnp.concatenate(sampled, axis=-1), top_btn
 
 
 def sampling_columns(sampling: SamplingParams, stop_ids: tuple[int, ...]) -> np.ndarray:
@@ -219,11 +247,41 @@ def read_sampled(sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sampled[:, :half], np.ascontiguousarray(sampled[:, half:]).view(np.float32)
 
 
+def read_top(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens that `decode` returned, on the host: ids and log-probs, both [B, steps, N]."""
+    half = top.shape[2] // 2
+    return top[:, :, :half], np.ascontiguousarray(top[:, :, half:]).view(np.float32)
+
+
 def _sample(logits_bv: jax.Array, rows: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:
     with jax.named_scope("sample"):
         return sampling.sample(
             logits_bv, _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P]), uniform_b
         )
+
+
+def _sample_shaped(
+    logits_bv: jax.Array, rows: jax.Array, uniform_b: jax.Array, shaping: Shaping, i: jax.Array, num_top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token, log-prob, and the likeliest tokens, [B, 2 * num_top] int32, of step `i`."""
+    # Behind conditions, so that what is not shaped is computed from the same array by the same code as without.
+    logits_bv = jax.lax.cond(
+        i < shaping.shaped_steps,
+        lambda x: sampling.shape_logits(x, shaping.allowed_bw, shaping.penalties),
+        lambda x: x,
+        logits_bv,
+    )
+
+    def ranked() -> tuple[jax.Array, jax.Array, jax.Array]:
+        token_b, logprob_b, top_bn, top_logprob_bn = sampling.sample_and_rank(
+            logits_bv, _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P]), uniform_b, num_top
+        )
+        return token_b, logprob_b, jnp.concatenate([top_bn, _bits(top_logprob_bn)], axis=-1)
+
+    def plain() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return *_sample(logits_bv, rows, uniform_b), jnp.zeros((logits_bv.shape[0], 2 * num_top), jnp.int32)
+
+    return jax.lax.cond(shaping.rank, ranked, plain)
 
 
 def _stops(token_b: jax.Array, rows: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ and the token's position. So what a request samples does not depend on its batch
 costs two numbers per row instead of one per vocabulary entry. Nothing here sorts the vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +46,65 @@ def sample(
         token_b: [B] int32.
         logprob_b: [B] float32, nats, of the distribution drawn from; of softmax(logits) in greedy rows.
     """
+    token_b, logprob_b, _, _ = _draw(logits_bv, temperature_b, top_k_b, top_p_b, uniform_b)
+    return token_b, logprob_b
+
+
+def sample_and_rank(
+    logits_bv: jax.Array,
+    temperature_b: jax.Array,
+    top_k_b: jax.Array,
+    top_p_b: jax.Array,
+    uniform_b: jax.Array,
+    count: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`sample`, and the likeliest tokens of the distribution that it draws from.
+
+    Returns:
+        token_b, logprob_b: as `sample`.
+        top_bn: [B, count] int32, likeliest first.
+        top_logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
+    """
+    token_b, logprob_b, weight_bv, x_bv = _draw(logits_bv, temperature_b, top_k_b, top_p_b, uniform_b)
+    kept_bv = jnp.where(weight_bv > 0.0, x_bv, -jnp.inf)
+    top_x_bn, top_bn = jax.lax.top_k(kept_bv, count)
+    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
+    return token_b, logprob_b, top_bn, top_x_bn - (chosen_b - logprob_b)[:, None]
+
+
+class Penalties(NamedTuple):
+    """What penalties and biases do to logits."""
+
+    bias_bv: jax.Array  # [B, V] float32, added
+    seen_bw: jax.Array  # [B, W] uint32, a bit for each token: whether the repetition penalty holds for it
+    repetition_b: jax.Array  # [B] float32
+
+
+def shape_logits(logits_bv: jax.Array, allowed_bw: jax.Array, penalties: Penalties | None) -> jax.Array:
+    """Logits after penalties and biases, and -inf for tokens that are not allowed.
+
+    Args:
+        logits_bv: [B, V] float32.
+        allowed_bw: [B, W] uint32; bit v % 32 of word v // 32 is token v's.
+        penalties: None for none.
+    """
+    if penalties is not None:
+        repetition_b1 = penalties.repetition_b[:, None]
+        repeated_bv = jnp.where(logits_bv > 0.0, logits_bv / repetition_b1, logits_bv * repetition_b1)
+        seen_bv = _unpack(penalties.seen_bw, logits_bv.shape[-1])
+        logits_bv = jnp.where(seen_bv, repeated_bv, logits_bv) + penalties.bias_bv
+    return jnp.where(_unpack(allowed_bw, logits_bv.shape[-1]), logits_bv, -jnp.inf)
+
+
+def _unpack(bits_bw: jax.Array, vocab_size: int) -> jax.Array:
+    bits_bwn = (bits_bw[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_bwn.reshape(bits_bw.shape[0], -1)[:, :vocab_size] > 0
+
+
+def _draw(
+    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, uniform_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`sample`'s token and log-prob, the weights [B, V] that the token was drawn by, and the logits by temperature."""
     greedy_b = temperature_b <= 0.0
     x_bv = logits_bv / jnp.where(greedy_b, 1.0, temperature_b)[:, None]
     max_b1 = jnp.max(x_bv, axis=-1, keepdims=True)
@@ -61,7 +122,7 @@ def sample(
     likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
     token_b = jnp.where(greedy_b, likeliest_b, drawn_b)
     chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
-    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b)
+    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b), weight_bv, x_bv
 
 
 def _invert_cdf(weight_bv: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:

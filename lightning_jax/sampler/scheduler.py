@@ -20,6 +20,7 @@ import numpy as np
 
 from lightning_jax.sampler.pages import ROOT, Node, PagePool
 from lightning_jax.sampler.request import Request
+from lightning_jax.sampler.shaping import Shape
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +35,8 @@ class Sequence:
         sampling_columns: [n] int32, what the device needs to know of its sampling parameters.
         slot: row of the device's slot state; None while it waits.
         pages: its KV pages in order.
-        target: tokens to prefill before it decodes; all it had when it was admitted.
+        target: tokens to prefill before it decodes: all it had when it was admitted, but the last of them where it has
+            a shape. The prefill samples the next token, and a shape's first is a decode round's.
         computed: tokens of them whose prefill has been dispatched.
         cached_tokens: prompt tokens that it did not have to compute when it was first admitted.
         in_flight: tokens that dispatched programs sample (at most) and the host has not read yet.
@@ -42,6 +44,7 @@ class Sequence:
         admitted_at: a counter; the highest is preempted first.
         leader: the sequence whose prefill this one waits for, and whose full pages it shares.
         followers: those that wait for this one.
+        shape: what it wants of the distribution it samples from, where that is not the model's own.
     """
 
     request: Request
@@ -49,6 +52,7 @@ class Sequence:
     limit: int
     stop_ids: tuple[int, ...] = ()
     sampling_columns: np.ndarray | None = None
+    shape: Shape | None = None
     logprobs: list[float] = dataclasses.field(default_factory=list)
     slot: int | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -74,6 +78,25 @@ class Sequence:
     def exhausted(self) -> bool:
         """What is in flight already reaches the limit."""
         return len(self.tokens) + self.in_flight >= self.limit
+
+    @property
+    def stepwise(self) -> bool:
+        """A round samples one token of it, see `Shape.stepwise`."""
+        return self.shape is not None and self.shape.stepwise
+
+    @property
+    def waits(self) -> bool:
+        """Its next token cannot be sampled before the host has seen the one in flight."""
+        return self.in_flight > 0 and self.stepwise
+
+    def top_logprobs(self, first: int, last: int) -> list[list[tuple[int, float]]] | None:
+        """The likeliest tokens in place of some of the sampled ones; None if the request did not ask."""
+        wanted = self.shape is not None and self.shape.wants_top
+        return self.shape.top_logprobs[first:last] if wanted else None
+
+    def contents(self) -> bytes:
+        """What is to be prefilled, to compare with others'."""
+        return np.asarray(self.tokens[: self.target], np.int32).tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +211,15 @@ class Scheduler:
         return admitted
 
     def _try_admit(self, sequence: Sequence, policy_version: int) -> str:
-        size, length = self.page_size, len(sequence.tokens)
-        contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        size, length = self.page_size, len(sequence.tokens) - (sequence.shape is not None)
+        sequence.target = length
+        contents = sequence.contents()
         leader = self._leaders.get(contents)
         if leader is not None and leader.epoch == self.epoch:
             return self._try_follow(sequence, leader, policy_version)
         pages, node_ids, parent = [], [], ROOT
-        for i in range((length - 1) // size):  # the last token is always computed: its logits are needed
+        # The last token is always computed where its logits are needed.
+        for i in range(length // size if sequence.shape is not None else (length - 1) // size):
             node = self.pool.lookup(parent, contents[4 * size * i : 4 * size * (i + 1)])
             if node is None:
                 break
@@ -210,7 +235,8 @@ class Scheduler:
             node = self._insert(sequence, i, contents, ready=False)
             if node.page == sequence.pages[i]:
                 sequence.unfilled.append(((i + 1) * size, node))
-        self._leaders[contents] = sequence
+        if sequence.computed < length:
+            self._leaders[contents] = sequence
         return "admitted"
 
     def _try_follow(self, sequence: Sequence, leader: Sequence, policy_version: int) -> str:
@@ -239,10 +265,11 @@ class Scheduler:
         self.running[slot] = sequence
         sequence.slot = slot
         sequence.pages = [*shared, *new]
-        sequence.target = len(sequence.tokens)
         sequence.computed = num_cached
         sequence.admitted_at = next(self._counter)
         sequence.epoch = self.epoch
+        if sequence.shape is not None:
+            sequence.shape.placed = False
         if sequence.policy_version is None:
             sequence.policy_version = policy_version
             sequence.cached_tokens = num_cached
@@ -283,14 +310,17 @@ class Scheduler:
         if upto == sequence.target:
             self._forget_leader(sequence)
             for member in (sequence, *sequence.followers):
-                member.computed, member.in_flight, member.fresh, member.leader = upto, 1, True, None
+                member.computed, member.leader = upto, None
+                if member.shape is None:
+                    member.in_flight, member.fresh = 1, True
             sequence.followers = []
 
     def plan_decode(self) -> list[Sequence] | None:
         """The sequences of the next decode round, each with pages for it; None if there are not enough pages."""
         members = []
         for sequence in self.running.values():
-            if sequence.computed < sequence.target or (sequence.exhausted and not sequence.fresh):
+            exhausted = sequence.exhausted and not sequence.fresh
+            if sequence.computed < sequence.target or exhausted or sequence.waits:
                 continue
             count = self._pages_for(self._after_round(sequence, len(sequence.tokens) + sequence.in_flight))
             missing = count - len(sequence.pages)
@@ -347,7 +377,7 @@ class Scheduler:
         sequence.in_flight, sequence.fresh = 0, False
 
     def _forget_leader(self, sequence: Sequence) -> None:
-        contents = np.asarray(sequence.tokens, np.int32).tobytes()
+        contents = sequence.contents()
         if self._leaders.get(contents) is sequence:
             del self._leaders[contents]
 

@@ -81,6 +81,12 @@ class Tokenizer:
         ends = [hf.eos_token_id, *eos_ids, self._turn_end_id()]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(index for index in ends if index is not None))
 
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no ordinary text is made of: special ones, those that end a reply or mark tool calls."""
+        markers = (index for index, content in self._added.items() if content in TOOL_MARKERS)
+        return frozenset(self._special).union(self.eos_ids, markers)
+
     def encode(self, text: str) -> list[int]:
         """Encodes text; special tokens written in it become their ids, and nothing is added (templates write bos)."""
         return self._backend.encode(text, add_special_tokens=False).ids
