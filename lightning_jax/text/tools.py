@@ -40,31 +40,74 @@ def family_of(tokenizer: Tokenizer) -> Family:
 
 
 def parse_reply(text: str, family: Family, call_key: str = "") -> tuple[str, list[dict]]:
-    """Splits a sampled reply into its text and its tool calls.
+    """Splits a sampled reply into its text and its tool calls: `ReplyParser` for a reply that is there as a whole."""
+    parser = ReplyParser(family, call_key)
+    parser.push(text)
+    parser.finish()
+    return parser.content, parser.calls
+
+
+class ReplyParser:
+    """Splits a reply into its text and its tool calls as it arrives.
+
+    However the reply is cut into pieces, the sum of what `push` and `finish` return is the same. A call is returned
+    once it is complete: until then it may turn out malformed, and what is no well-formed call stays in the text. White
+    space before and after calls is dropped; with no calls the content is the reply unchanged.
 
     Args:
-        text: the decoded reply, tool markers included.
         family: see `family_of`.
         call_key: makes the calls' ids unique, for example attempt and call number: ids are a hash of it, the call's
-            position and the text, so that the same sample always gets the same ids. Nine letters and digits, the
-            only form that Mistral's templates accept.
+            position and the call, so that the same sample always gets the same ids. Nine letters and digits, the only
+            form that Mistral's templates accept.
 
-    Returns:
-        The content and the calls in OpenAI's form, `arguments` as JSON text. What is no well-formed call stays in the
-        content; with no calls the content is `text` unchanged.
+    Attributes:
+        content: the text so far.
+        calls: the calls so far in OpenAI's form, `arguments` as JSON text.
     """
-    if family == "llama3":
-        content, found = _parse_llama3(text)
-    elif family == "mistral":
-        content, found = _parse_mistral(text)
-    else:
-        content, found = _parse_hermes(text)
-    calls = []
-    for position, (name, arguments) in enumerate(found):
-        digest = hashlib.blake2b(f"{call_key}\0{position}\0{text}".encode(), digest_size=15).digest()
-        call_id = base64.b32encode(digest).decode("ascii")[:9].lower()
-        calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
-    return (content.strip() if calls else text), calls
+
+    def __init__(self, family: Family, call_key: str = ""):
+        self.content = ""
+        self.calls: list[dict] = []
+        self._split = {"hermes": _split_hermes, "llama3": _split_llama3, "mistral": _split_mistral}[family]
+        self._call_key = call_key
+        self._rest = ""  # not known yet to be text or a call
+        self._space = ""  # at the end of the text so far
+        self._is_text = False  # so will be all that follows
+
+    def push(self, text: str) -> tuple[str, list[dict]]:
+        """Takes the next piece of the reply; returns the text and the calls that are certain with it."""
+        return self._take(text, final=False)
+
+    def finish(self) -> tuple[str, list[dict]]:
+        """Returns what is left when the reply is over."""
+        text, calls = self._take("", final=True)
+        if not self.calls:
+            self.content += self._space
+            text, self._space = text + self._space, ""
+        return text, calls
+
+    def _take(self, text: str, final: bool) -> tuple[str, list[dict]]:
+        if self._is_text:
+            parts = [text]
+        else:
+            parts, self._rest, self._is_text = self._split(self._rest + text, final)
+        shown, calls = "", []
+        for part in parts:
+            if isinstance(part, str):
+                shown += part
+            else:
+                calls += [self._named(*call, len(self.calls) + n) for n, call in enumerate(part, len(calls))]
+        shown = self._space + shown
+        kept = shown.rstrip()
+        self._space = shown[len(kept) :]
+        self.content += kept
+        self.calls += calls
+        return kept, calls
+
+    def _named(self, name: str, arguments: str, position: int) -> dict:
+        text = f"{self._call_key}\0{position}\0{name}\0{arguments}"
+        call_id = base64.b32encode(hashlib.blake2b(text.encode(), digest_size=15).digest()).decode("ascii")[:9].lower()
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def without_tool_support(messages: Sequence[dict], tools: Sequence[dict] | None) -> list[dict]:
@@ -110,43 +153,73 @@ def _call_text(call: dict) -> str:
     return f'{{"name": {name}, "arguments": {call["function"]["arguments"] or "{}"}}}'
 
 
-def _parse_hermes(text: str) -> tuple[str, list[tuple[str, str]]]:
-    found: list[tuple[str, str]] = []
+# The splitters below take what is not yet split, and whether it is all. They return the parts that are certain, each a
+# text or a list of calls; what must be seen again with more behind it; and whether all that follows is text.
+_Parts = list[str | list[tuple[str, str]]]
 
-    def take(match: re.Match) -> str:
+
+def _split_hermes(text: str, final: bool) -> tuple[_Parts, str, bool]:
+    parts: _Parts = []
+    position = 0
+    for match in _BLOCK.finditer(text):
         value = _load(match[1].strip())
         calls = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
-        if not calls or None in calls:
-            return match[0]
-        found.extend(calls)
-        return ""
+        parts += [text[position : match.start()], match[0] if not calls or None in calls else calls]
+        position = match.end()
+    rest = text[position:]
+    start = len(rest) if final else _marker_start(rest, "<tool_call>")
+    return [*parts, rest[:start]], rest[start:], False
 
-    return _BLOCK.sub(take, text), found
+
+def _split_llama3(text: str, final: bool) -> tuple[_Parts, str, bool]:
+    rest = text.strip()
+    python_tag = "<|python_tag|>"
+    if final:
+        return [_llama3_calls(rest) or text], "", True
+    if not rest or python_tag.startswith(rest):
+        return [], text, False
+    rest = rest.removeprefix(python_tag).lstrip()
+    if rest and not rest.startswith("{"):
+        return [text], "", True
+    return [], text, False  # what follows the last call decides
 
 
-def _parse_llama3(text: str) -> tuple[str, list[tuple[str, str]]]:
-    rest = text.strip().removeprefix("<|python_tag|>").strip()
+def _llama3_calls(text: str) -> list[tuple[str, str]]:
+    rest = text.removeprefix("<|python_tag|>").strip()
     found = []
     while rest:
         if not rest.startswith("{"):
-            return text, []
+            return []
         try:
             value, end = _DECODER.raw_decode(rest)
         except (ValueError, RecursionError):
-            return text, []
+            return []
         call = _as_call(value)
         if call is None or not {"parameters", "arguments"} & value.keys():
-            return text, []
+            return []
         found.append(call)
         rest = rest[end:].lstrip().removeprefix(";").lstrip()
-    return ("" if found else text), found
+    return found
 
 
-def _parse_mistral(text: str) -> tuple[str, list[tuple[str, str]]]:
+def _split_mistral(text: str, final: bool) -> tuple[_Parts, str, bool]:
+    start = _marker_start(text, "[TOOL_CALLS]")
+    if not final:
+        return [text[:start]], text[start:], False
     content, marker, body = text.partition("[TOOL_CALLS]")
     value = _load(body.strip()) if marker else None
     calls = [_as_call(item) for item in value] if isinstance(value, list) else []
-    return (text, []) if not calls or None in calls else (content, calls)
+    return ([text] if not calls or None in calls else [content, calls]), "", True
+
+
+def _marker_start(text: str, marker: str) -> int:
+    """Where the marker begins in the text, or may begin with what comes next; the text's length where it does not."""
+    found = text.find(marker)
+    if found >= 0:
+        return found
+    return next(
+        (i for i in range(max(0, len(text) - len(marker) + 1), len(text)) if marker.startswith(text[i:])), len(text)
+    )
 
 
 def _as_call(value: Any) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_jax.text import canonical_messages, family_of, parse_reply
+from lightning_jax.text.tools import ReplyParser
 
 TOOL = {
     "type": "function",
@@ -109,6 +110,49 @@ def test_a_malformed_call_beside_a_good_one_stays_in_the_content():
 def test_no_text_breaks_the_parser(family, text):
     content, calls = parse_reply(text, family)
     assert calls or content == text
+
+
+REPLIES = [
+    'One. <tool_call>{"name": "f", "arguments": {"x": "</b>"}}</tool_call> \n<tool_call>{oops}</tool_call> two <tool_c',
+    '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {}} ',
+    '<|python_tag|>{"name": "f", "parameters": {}}',
+    'Hm. [TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g"}]',
+]
+
+
+@given(
+    data=st.data(), text=st.sampled_from(REPLIES) | st.text(st.sampled_from('<tool_cal>/{}[]":,name1 ;'), max_size=60)
+)
+@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral"])
+def test_a_reply_in_pieces_is_the_reply_as_a_whole(family, data, text):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    parser = ReplyParser(family, "key")
+    taken = [parser.push(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    taken.append(parser.finish())
+    whole = parse_reply(text, family, "key")
+    assert ("".join(piece for piece, _ in taken), [call for _, calls in taken for call in calls]) == whole
+    assert (parser.content, parser.calls) == whole
+
+
+@pytest.mark.parametrize(
+    "family, pieces, shown",
+    [
+        ("hermes", ["Let me", " see", ".\n<too", "l_call>{", "}"], ["Let me", " see", ".", "", ""]),
+        (
+            "hermes",
+            ['<tool_call>{"name": "f"}</tool_call><tool_', 'call>{"name": "g"}</tool_call>'],
+            [["f"], ["g"]],
+        ),
+        ("llama3", ["2", " + 2", " {"], ["2", " + 2", " {"]),
+        ("llama3", ["<|pyth", "on!"], ["", "<|python!"]),
+        ("mistral", ["Hm", ".[TOOL", "S", "[TOOL_CALLS] ["], ["Hm", ".", "[TOOLS", ""]),
+    ],
+)
+def test_text_and_calls_come_as_soon_as_they_are_certain(family, pieces, shown):
+    parser = ReplyParser(family)
+    for piece, expected in zip(pieces, shown, strict=True):
+        text, calls = parser.push(piece)
+        assert ([name for name, _ in simple(calls)] or text) == expected
 
 
 def test_call_ids():
