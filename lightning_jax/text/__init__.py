@@ -1,6 +1,6 @@
 """Text: tokenizers, chat templates under the exact-token rule, and tool calls."""
 
-from lightning_jax.text.chat import Call, Prompt, build_prompt, canonical_messages
+from lightning_jax.text.chat import Call, Prompt, build_continuation, build_prompt, canonical_messages
 from lightning_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from lightning_jax.text.tools import family_of, parse_reply
 
@@ -9,6 +9,7 @@ __all__ = [
     "Prompt",
     "StreamDecoder",
     "Tokenizer",
+    "build_continuation",
     "build_prompt",
     "canonical_messages",
     "family_of",

@@ -92,15 +92,65 @@ def build_prompt(
     return Prompt(tokenizer.encode(tokenizer.render(messages, tools)), None)
 
 
+def build_continuation(
+    tokenizer: Tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None, earlier: Sequence[Call]
+) -> Prompt:
+    """Makes the prompt that lets the model write on after the last of canonical `messages`, the assistant's.
+
+    Where that message is the reply of an earlier call, its recorded ids are gone on from; otherwise it is encoded
+    behind the prompt of the messages before it. Arguments and errors as for `build_prompt`.
+    """
+    *messages, final = messages
+    if final["role"] != "assistant" or final.get("tool_calls") or not messages:
+        raise ValueError("only a last message of the assistant without tool calls can be continued")
+    tools = list(tools or ())
+    for index in reversed(range(len(earlier))):
+        call = earlier[index]
+        if list(call.messages) == messages and list(call.tools or ()) == tools and _is_reply(final, call.reply):
+            recorded = [*call.prompt_ids, *call.sampled_ids]
+            if recorded[-1] in tokenizer.eos_ids:  # it had ended; without that end it is no longer that call
+                return Prompt(recorded[:-1], None)
+            return Prompt(recorded, index)
+    prompt = build_prompt(tokenizer, messages, tools, earlier)
+    begun = tokenizer.encode_after(prompt.ids[-1], final["content"]) if final["content"] else []
+    return Prompt(prompt.ids + begun, prompt.parent)
+
+
 def _extended_call(messages: list[dict], tools: list[dict], earlier: Sequence[Call]) -> int | None:
-    best, best_length = None, 0
+    best, best_length = None, 1
     for index, call in enumerate(earlier):
-        length = len(call.messages)
+        length = len(call.messages)  # 0: a call of plain text
         if length < best_length or length >= len(messages) or list(call.tools or ()) != tools:
             continue
-        if messages[length] == _canonical(call.reply, "reply") and messages[:length] == list(call.messages):
+        if _is_reply(messages[length], call.reply) and messages[:length] == list(call.messages):
             best, best_length = index, length
     return best
+
+
+def _is_reply(message: dict, reply: dict) -> bool:
+    """Whether a message is a call's reply as SDKs send it back.
+
+    Some strip the white space around the text, and spell the JSON of a call's arguments in their own way.
+    """
+    text = reply["content"] or ""
+    if message["role"] != "assistant" or message["content"] not in (text, text.strip(), text.rstrip(), text.lstrip()):
+        return False
+    return _plain_calls(message) == _plain_calls(reply)
+
+
+def _plain_calls(message: dict) -> list[tuple]:
+    calls = [
+        (call["id"], call["function"]["name"], call["function"]["arguments"])
+        for call in message.get("tool_calls") or ()
+    ]
+    return [(call_id, name, _loaded(arguments)) for call_id, name, arguments in calls]
+
+
+def _loaded(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments  # damaged, as a model may write them
 
 
 def _text_after_reply(tokenizer: Tokenizer, messages: list[dict], tools: list[dict], at: int) -> str | None:
@@ -162,10 +212,7 @@ def _canonical_call(call: Any, where: str) -> dict:
         raise ValueError(f'{where} must be {{"id", "type": "function", "function": {{"name", "arguments"}}}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            pass  # a call with damaged arguments, as a model may write it: kept as text
+        arguments = _loaded(arguments)
     if not isinstance(arguments, str):
         arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
     name = _checked(function.get("name"), f"{where}.function.name")
