@@ -2,18 +2,19 @@
 
 import json
 import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import pydantic
 from fastapi import Request, Response
 
 from lightning_jax.server import wire
-from lightning_jax.server.generate import ApiError, Choice, GenerateReply, GenerateRequest, Generator
+from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
+from lightning_jax.server.generate import Generator
+from lightning_jax.server.generation import Generation
 
 # As in openai_chat: fields that would change the result, with the values at which they change nothing.
 _UNSUPPORTED = {
-    "stream": (False,),
-    "thinking": ({"type": "disabled"},),
     "mcp_servers": ([],),
     "container": (),
     "context_management": (),
@@ -23,6 +24,8 @@ _UNSUPPORTED = {
 _TYPES = {
     "invalid_request": "invalid_request_error",
     "authentication": "authentication_error",
+    "not_found": "not_found_error",
+    "too_large": "request_too_large",
     "context_length": "invalid_request_error",
     "rate_limit": "rate_limit_error",
     "server": "api_error",
@@ -46,33 +49,57 @@ class MessagesRequest(pydantic.BaseModel):
     top_p: float | None = pydantic.Field(None, gt=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=-1)
     stop_sequences: list[str] | None = None
+    stream: bool | None = None
     return_token_ids: bool = False
+
+
+class CountRequest(MessagesRequest):
+    """The body of a count: a message's without what is about the reply."""
+
+    max_tokens: int = 1
 
 
 async def messages(request: Request) -> Response:
     """POST .../messages"""
     generator: Generator = request.app.state.generator
     attempt = generator.attempt(request.path_params.get("token"))
-    body = wire.parse(MessagesRequest, await request.body())
-    wire.refuse(body, _UNSUPPORTED)
-    reply = await generator.generate(_request(body), attempt, request.receive)
-    return wire.json_response(_response(body, reply, generator.policy.name))
+    body = wire.parse(MessagesRequest, await wire.body_of(request))
+    generation = generator.start(_request(body), attempt)
+    envelope = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
+    envelope["model"] = body.model or generator.policy.name
+    if body.stream:
+        events = _events(body, generation, generation.events(request.receive), envelope)
+        return wire.EventStream(generation, events, lambda error: wire.event(error_content(error), "error"))
+    return wire.json_response(_response(body, await generation.reply(request.receive), envelope))
+
+
+async def count_tokens(request: Request) -> Response:
+    """POST .../messages/count_tokens"""
+    generator: Generator = request.app.state.generator
+    attempt = generator.attempt(request.path_params.get("token"))
+    body = wire.parse(CountRequest, await wire.body_of(request))
+    return wire.json_response({"input_tokens": generator.count_tokens(_request(body), attempt)})
 
 
 def error_response(error: ApiError) -> Response:
     """`error` in Anthropic's shape."""
-    content = {
+    return wire.json_response(error_content(error), error.status, error.retry_after_s)
+
+
+def error_content(error: ApiError) -> dict:
+    """The JSON of it."""
+    return {
         "type": "error",
         "error": {"type": _TYPES[error.kind], "message": error.message},
         "request_id": f"req_{secrets.token_hex(12)}",
     }
-    return wire.json_response(content, error.status, error.retry_after_s)
 
 
 # ---- request ----
 
 
 def _request(body: MessagesRequest) -> GenerateRequest:
+    wire.refuse(body, _UNSUPPORTED)
     choice = (body.tool_choice or {}).get("type", "auto")
     if choice not in ("auto", "none"):
         raise ApiError(f"tool_choice of type {choice!r} is not supported by this server", param="tool_choice")
@@ -81,8 +108,6 @@ def _request(body: MessagesRequest) -> GenerateRequest:
     chat = [{"role": "system", "content": _text(body.system, "system")}] if body.system else []
     for position, message in enumerate(body.messages):
         chat.extend(_chat_messages(message, f"messages.{position}"))
-    if chat[-1]["role"] == "assistant":
-        raise ApiError("a last message of role 'assistant' (prefill) is not supported by this server", param="messages")
     return GenerateRequest(
         dialect="anthropic_messages",
         messages=chat,
@@ -93,6 +118,8 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         top_k=body.top_k,
         max_tokens=body.max_tokens,
         stop=wire.stop_strings(body.stop_sequences, "stop_sequences"),
+        continue_final=chat[-1]["role"] == "assistant",  # what Anthropic calls a prefill
+        stream=bool(body.stream),
     )
 
 
@@ -164,26 +191,30 @@ def _function_tool(tool: dict, where: str) -> dict:
 # ---- response ----
 
 
-def _response(body: MessagesRequest, reply: GenerateReply, model_name: str) -> dict:
+def _response(body: MessagesRequest, reply: GenerateReply, envelope: dict) -> dict:
     choice = reply.choices[0]
-    response = {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "type": "message",
-        "role": "assistant",
-        "model": body.model or model_name,
+    response = envelope | {
         "content": _blocks(choice),
-        "stop_reason": "stop_sequence" if choice.stop_string else _STOP_REASONS[choice.finish_reason],
+        "stop_reason": _stop_reason(choice),
         "stop_sequence": choice.stop_string,
-        "usage": {
-            "input_tokens": len(reply.prompt_ids) - reply.cached_tokens,
-            "cache_read_input_tokens": reply.cached_tokens,
-            "cache_creation_input_tokens": 0,
-            "output_tokens": len(choice.token_ids),
-        },
+        "usage": _usage(len(reply.prompt_ids), reply.cached_tokens, len(choice.token_ids)),
     }
     if body.return_token_ids:
         response |= {"prompt_token_ids": reply.prompt_ids, "token_ids": choice.token_ids}
     return response
+
+
+def _stop_reason(choice: Choice) -> str:
+    return "stop_sequence" if choice.stop_string else _STOP_REASONS[choice.finish_reason]
+
+
+def _usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict:
+    return {
+        "input_tokens": prompt_tokens - cached_tokens,
+        "cache_read_input_tokens": cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": completion_tokens,
+    }
 
 
 def _blocks(choice: Choice) -> list[dict]:
@@ -193,3 +224,75 @@ def _blocks(choice: Choice) -> list[dict]:
         arguments = json.loads(function["arguments"])
         blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
     return blocks
+
+
+# ---- stream ----
+
+
+async def _events(
+    body: MessagesRequest, generation: Generation, deltas: AsyncIterator[Delta | None], envelope: dict
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream in the order that Anthropic documents: message_start, blocks, message_delta, message_stop.
+
+    With `return_token_ids` the prompt's ids are in message_start, and sampled ones in the event that came of them.
+    """
+    num_prompt = len(generation.prompt_ids)
+    blocks = _BlockEvents()
+
+    def event(kind: str, **content) -> bytes:
+        return wire.event({"type": kind, **content}, kind)
+
+    started = envelope | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(num_prompt, 0, 0)}
+    if body.return_token_ids:
+        started["prompt_token_ids"] = generation.prompt_ids
+    yield event("message_start", message=started)
+    yield event("ping")
+    async for delta in deltas:
+        if delta is None:
+            yield event("ping")
+            continue
+        ids = {"token_ids": delta.token_ids} if body.return_token_ids else {}
+        for kind, content in blocks.grow(delta):
+            yield event(kind, **content, **(ids if kind == "content_block_delta" else {}))
+            ids = {} if kind == "content_block_delta" else ids
+        if delta.choice is not None:
+            usage = _usage(num_prompt, generation.cached_tokens, generation.completion_tokens)
+            reason = {"stop_reason": _stop_reason(delta.choice), "stop_sequence": delta.choice.stop_string}
+            yield event("message_delta", delta=reason, usage=usage, **ids)
+    yield event("message_stop")
+
+
+class _BlockEvents:
+    """The events of a message's content blocks: one block of text where text goes on, one for each tool call."""
+
+    def __init__(self):
+        self._index = -1
+        self._in_text = False
+
+    def grow(self, delta: Delta) -> Iterator[tuple[str, dict]]:
+        """(event, its content) for what is new; with the last delta, for the end of the last block."""
+        if delta.content:
+            if not self._in_text:
+                yield self._start({"type": "text", "text": ""})
+                self._in_text = True
+            yield self._grow({"type": "text_delta", "text": delta.content})
+        for call in delta.tool_calls:
+            yield from self._stop_text()
+            function = call["function"]
+            yield self._start({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
+            yield self._grow({"type": "input_json_delta", "partial_json": function["arguments"]})
+            yield "content_block_stop", {"index": self._index}
+        if delta.choice is not None:
+            yield from self._stop_text()
+
+    def _start(self, block: dict) -> tuple[str, dict]:
+        self._index += 1
+        return "content_block_start", {"index": self._index, "content_block": block}
+
+    def _grow(self, delta: dict) -> tuple[str, dict]:
+        return "content_block_delta", {"index": self._index, "delta": delta}
+
+    def _stop_text(self) -> Iterator[tuple[str, dict]]:
+        if self._in_text:
+            self._in_text = False
+            yield "content_block_stop", {"index": self._index}

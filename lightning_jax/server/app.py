@@ -15,7 +15,8 @@ from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.policy import Policy
 from lightning_jax.server import anthropic_messages, control, openai_chat, wire
 from lightning_jax.server.auth import RequireKey
-from lightning_jax.server.generate import ApiError, ClientGone, Generator
+from lightning_jax.server.contract import ApiError, ClientGone
+from lightning_jax.server.generate import Generator
 from lightning_jax.store import Store
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _PREFIXES = [base + version for base in ("/rollout/{token}", "") for version in 
 _DIALECTS = {
     "/chat/completions": (openai_chat.chat_completions, openai_chat.error_response),
     "/messages": (anthropic_messages.messages, anthropic_messages.error_response),
+    "/messages/count_tokens": (anthropic_messages.count_tokens, anthropic_messages.error_response),
 }
 _UNSERVED = ("/responses", "/completions")  # OpenAI's other dialects
 

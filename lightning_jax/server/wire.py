@@ -1,16 +1,40 @@
-"""JSON in and out of the dialects."""
+"""JSON and event streams in and out of the dialects."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeVar
 
 import orjson
 import pydantic
-from fastapi import Response
+from fastapi import Request, Response
 
-from lightning_jax.server.generate import ApiError
+from lightning_jax.server.contract import ApiError, ClientGone
+from lightning_jax.server.generation import Generation
+
+_log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+COMMENT = b": waiting\n\n"  # an event that is none, for streams that are silent
+MAX_BODY_BYTES = 32 * 2**20
+
+
+async def body_of(request: Request) -> bytes:
+    """The request's body. Raises ApiError (413) where it is larger than `MAX_BODY_BYTES`."""
+    declared = request.headers.get("content-length", "0")
+    size, pieces = int(declared) if declared.isdecimal() else 0, []
+    if size <= MAX_BODY_BYTES:
+        size = 0
+        async for piece in request.stream():
+            size += len(piece)
+            pieces.append(piece)
+            if size > MAX_BODY_BYTES:
+                break
+    if size > MAX_BODY_BYTES:
+        text = f"the body is too large: a request may have {MAX_BODY_BYTES} bytes"
+        raise ApiError(text, status=413, kind="too_large")
+    return b"".join(pieces)
 
 
 def parse(model: type[Model], body: bytes) -> Model:
@@ -44,14 +68,67 @@ def stop_strings(stop: Sequence[str] | None, name: str) -> tuple[str, ...]:
     return tuple(stop or ())
 
 
-def json_response(content: Any, status: int = 200, retry_after_s: int | None = None) -> Response:
-    """`content` as the reply's body; NaN, which JSON does not know, becomes null."""
-    headers = {"retry-after": str(retry_after_s)} if retry_after_s is not None else None
+def dumps(content: Any) -> bytes:
+    """JSON text; NaN, which JSON does not know, becomes null."""
     try:
-        body = orjson.dumps(content)
+        return orjson.dumps(content)
     except TypeError:  # an integer beyond 64 bits in a task, half of a surrogate pair in a sample
-        body = json.dumps(content).encode()
-    return Response(body, status, headers, media_type="application/json")
+        return json.dumps(content).encode()
+
+
+def json_response(content: Any, status: int = 200, retry_after_s: int | None = None) -> Response:
+    """`content` as the reply's body."""
+    headers = {"retry-after": str(retry_after_s)} if retry_after_s is not None else None
+    return Response(dumps(content), status, headers, media_type="application/json")
+
+
+def event(content: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    data = b"data: " + dumps(content) + b"\n\n"
+    return data if name is None else f"event: {name}\n".encode() + data
+
+
+class EventStream(Response):
+    """A reply as server-sent events.
+
+    Args:
+        generation: what the events tell of; it is closed when they end, however they do.
+        events: each one's bytes.
+        failed: the bytes that tell of an error once the reply has begun.
+    """
+
+    def __init__(
+        self, generation: Generation, events: AsyncGenerator[bytes, None], failed: Callable[[ApiError], bytes]
+    ):
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._generation, self._events, self._failed = generation, events, failed
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in self._guarded():
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            pass
+        finally:
+            self._generation.close()
+            await self._events.aclose()
+
+    async def _guarded(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in self._events:
+                yield data
+        except ClientGone:
+            raise
+        except ApiError as error:
+            yield self._failed(error)
+        except Exception as error:
+            _log.exception("a stream failed")
+            yield self._failed(ApiError(f"{type(error).__name__}: {error}", status=500, kind="server"))
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,116 @@
+"""Sampled ids to what the agent sees of them, in one piece or in many."""
+
+from collections.abc import Collection, Sequence
+
+from lightning_jax.text import tools
+from lightning_jax.text.tokenizer import StreamDecoder, Tokenizer
+
+
+class ReplyText:
+    """The text and the tool calls of one sample, as its ids arrive.
+
+    Never half a character, nothing of a stop string, and no text that may yet become a tool call. However the ids are
+    cut into pieces, the sum of what `push` and `finish` return is the same.
+
+    Args:
+        end_ids: ids that end a turn; the last id of a sample that stopped is no text if it is one of them.
+        stop: the stop strings.
+        parser: takes tool calls out of the text; None leaves them there.
+
+    Attributes:
+        content: the text so far.
+        tool_calls: the calls so far.
+        num_text_tokens: how many of the ids so far are text.
+        stop_string: the stop string that ended it, if one did.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end_ids: Collection[int],
+        stop: Sequence[str] = (),
+        parser: tools.ReplyParser | None = None,
+    ):
+        self.content = ""
+        self.tool_calls: list[dict] = []
+        self.num_text_tokens = 0
+        self.stop_string: str | None = None
+        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._end_ids = end_ids
+        self._stop = stop
+        self._parser = parser
+        self._end: list[int] = []  # an end-of-turn id that may be the last id
+        self._held = ""  # text that may be the beginning of a stop string
+
+    def push(self, ids: Sequence[int]) -> tuple[str, list[dict]]:
+        """Takes the next ids; returns the text and the calls that are certain with them."""
+        ids = [*self._end, *ids]
+        self._end = ids[-1:] if ids and ids[-1] in self._end_ids else []
+        return self._show(self._decode(ids[: len(ids) - len(self._end)]), final=False)
+
+    def finish(self, finish_reason: str) -> tuple[str, list[dict]]:
+        """Returns what is left when the sample is over."""
+        text = "" if finish_reason == "stop" else self._decode(self._end)
+        return self._show(text + self._decoder.flush(), final=True)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        self.num_text_tokens += len(ids)
+        return self._decoder.push(ids)
+
+    def _show(self, text: str, final: bool) -> tuple[str, list[dict]]:
+        if self._stop:
+            text = self._before_stop(text, final)
+        calls: list[dict] = []
+        if self._parser is not None:
+            text, calls = self._parser.push(text)
+            if final:
+                more_text, more_calls = self._parser.finish()
+                text, calls = text + more_text, calls + more_calls
+        self.content += text
+        self.tool_calls += calls
+        return text, calls
+
+    def _before_stop(self, text: str, final: bool) -> str:
+        if self.stop_string is not None:
+            return ""
+        text, self.stop_string = cut_at_stop(self._held + text, self._stop)
+        held = 0 if final or self.stop_string is not None else _possible_stop(text, self._stop)
+        shown = text[: len(text) - held]
+        self._held = text[len(shown) :]
+        return shown
+
+
+class StopStrings:
+    """Tells, as ids are sampled, when their text first holds one of the stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = stop
+        self._seen = 0
+        self._tail = ""
+        self._keep_chars = max(map(len, stop)) - 1
+
+    def check(self, ids: Sequence[int]) -> int | None:
+        """How many of `ids` to keep once a stop string is complete; None before. Called with ever longer `ids`."""
+        while self._seen < len(ids):
+            self._tail += self._decoder.push(ids[self._seen : self._seen + 1])
+            self._seen += 1
+            if any(text in self._tail for text in self._stop):
+                return self._seen
+            self._tail = self._tail[max(0, len(self._tail) - self._keep_chars) :]
+        return None
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
+    """`text` up to the first stop string in it, and that string; the longest where several begin at one place."""
+    found = [(text.index(candidate), -len(candidate), candidate) for candidate in stop if candidate in text]
+    if not found:
+        return text, None
+    position, _, candidate = min(found)
+    return text[:position], candidate
+
+
+def _possible_stop(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    longest = min(len(text), max(map(len, stop)) - 1)
+    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
