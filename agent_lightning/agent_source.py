@@ -57,7 +57,7 @@ def unpack_agent(source: dict) -> Callable:
     import cloudpickle
 
     sys.path[:] = source["sys_path"]
-    return cloudpickle.loads(base64.b64decode(source["data"]))
+    return ready_to_call(cloudpickle.loads(base64.b64decode(source["data"])))
 
 
 def split_script(text: str) -> tuple[str, str | None]:
@@ -70,12 +70,15 @@ def split_script(text: str) -> tuple[str, str | None]:
 
 
 def load_script(path: str, function: str | None) -> Callable:
-    """Runs a script as a module and picks its agent function.
+    """Runs a script as a module and picks its agent.
 
-    Without a name: `agent_func`, `my_agent` or `agent`, else the only function with two parameters.
+    An agent is anything that can be called with (resource, task): a function, async or not, an object, or a class whose
+    objects can be, of which one is made. Without a name it is what `agent_func`, `my_agent` or `agent` names, else the
+    only one of the script's own, not imported, that takes exactly two arguments.
 
     Raises:
-        InvalidConfigError: the function is missing or there is more than one candidate; lists what was found.
+        InvalidConfigError: there is none of that name, it cannot be called so, or there is more than one candidate;
+            lists what was found.
     """
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules:  # never shadow an installed package that the script itself may import
@@ -87,34 +90,77 @@ def load_script(path: str, function: str | None) -> Callable:
     module = importlib_util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    return _pick_function(module, path, function)
+    return ready_to_call(_pick(module, path, function))
 
 
-def _pick_function(module, path: str, function: str | None) -> Callable:
-    for name in (function,) if function else USUAL_NAMES:
-        if callable(getattr(module, name, None)):
-            return getattr(module, name)
-    own = {n: v for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__}
-    if not function:
-        two_parameters = [v for v in own.values() if _takes_two(v)]
-        if len(two_parameters) == 1:
-            return two_parameters[0]
-    found = ", ".join(f"{n}{inspect.signature(v)}" for n, v in own.items()) or "no functions"
-    problem = (
-        f"{path} has no function {function!r}" if function else f"{path} does not show which function is the agent"
-    )
+def ready_to_call(agent: Callable) -> Callable:
+    """The agent itself, or an object of it where it is a class."""
+    return agent() if inspect.isclass(agent) else agent
+
+
+def _pick(module, path: str, name: str | None) -> Callable:
+    own = {n: v for n, v in vars(module).items() if _is_own(v, module) and _parameters(v) is not None}
+    made = {type(v) for v in own.values()}  # where there is an object, its class is not meant
+    own = {n: v for n, v in own.items() if v not in made}
+    if name:
+        agent = getattr(module, name, None)
+        if callable(agent) and _accepts_two(agent):
+            return agent
+        problem = f"{path} has no function {name!r}"
+        if callable(agent):
+            problem = f"{name}{_parameters(agent) or ''} in {path} cannot be called as {name}(resource, task)"
+    else:
+        for usual in USUAL_NAMES:
+            if callable(agent := getattr(module, usual, None)) and _accepts_two(agent):
+                return agent
+        candidates = [v for v in own.values() if _takes_two(v)]
+        if len(candidates) == 1:
+            return candidates[0]
+        problem = f"{path} does not show which function is the agent"
+    found = ", ".join(f"{n}{_parameters(v)}" for n, v in own.items()) or "no functions"
     raise InvalidConfigError(
         f"{problem}; found: {found}",
         hint=f"pass {os.path.basename(path)}:FUNCTION, or name the function {' or '.join(USUAL_NAMES)}",
     )
 
 
-def _takes_two(function: Callable) -> bool:
+def _is_own(value, module) -> bool:
+    """Whether a module defines this callable itself, be it behind a decorator, or its class."""
+    if not callable(value):
+        return False
+    original = inspect.unwrap(value) if inspect.isfunction(value) else getattr(value, "__wrapped__", value)
+    homes = [getattr(thing, "__module__", None) for thing in (value, original, type(value))]
+    return module.__name__ in homes
+
+
+def _parameters(agent: Callable) -> inspect.Signature | None:
+    """What the agent is called with (of a class, its objects); None where that is not known or not possible."""
+    try:
+        if not inspect.isclass(agent):
+            return inspect.signature(agent)
+        inspect.signature(agent).bind()  # an object of it is made without arguments
+        signature = inspect.signature(vars(agent)["__call__"])
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def _accepts_two(agent: Callable) -> bool:
+    signature = _parameters(agent)
+    if signature is None:
+        return not inspect.isclass(agent)
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _takes_two(agent: Callable) -> bool:
+    """Exactly two, so that a helper that has two and a few more with defaults is no candidate."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    positional = [p for p in parameters if p.kind in kinds]
-    others_required = [p for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY and p.default is p.empty]
-    return len(positional) == 2 and not others_required
+    positional = [p for p in _parameters(agent).parameters.values() if p.kind in kinds]
+    return len(positional) == 2 and _accepts_two(agent)
 
 
 def _workers_can_import(module) -> bool:

@@ -1,5 +1,7 @@
 """How agents are named, found and sent."""
 
+import asyncio
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -8,7 +10,7 @@ import threading
 import pytest
 
 from agent_lightning import InvalidConfigError
-from agent_lightning.agent_source import load_script, pack_agent, split_script
+from agent_lightning.agent_source import load_script, pack_agent, split_script, unpack_agent
 
 
 def script(tmp_path, text, name="my_script.py"):
@@ -58,6 +60,82 @@ def test_else_an_error_lists_what_was_found(tmp_path):
     with pytest.raises(InvalidConfigError, match=r"no function 'three'; found: one"):
         load_script(path, "three")
     assert load_script(path, "two").__name__ == "two"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "async def solve(resource, task): return 1",
+        "solve = lambda resource, task: 1",
+        """
+        import functools
+        def logged(function):
+            @functools.wraps(function)
+            def call(*args, **kwargs): return function(*args, **kwargs)
+            return call
+        @logged
+        def solve(resource, task): return 1
+        """,
+        """
+        import functools
+        @functools.lru_cache
+        def solve(resource, task): return 1
+        """,
+        """
+        class Solver:
+            def __call__(self, resource, task): return 1
+        """,
+        """
+        class Solver:
+            def __init__(self, model): self.model = model
+            def __call__(self, resource, task): return 1
+        solve = Solver("x")
+        """,
+        """
+        from dataclasses import dataclass
+        from shutil import copyfileobj, copymode
+        @dataclass
+        class Settings:
+            top: int = 3
+        settings = Settings()
+        def with_default(a, b, c=1): return 0
+        def three(a, b, c): return 0
+        def solve(resource, task): return 1
+        """,
+    ],
+    ids=["async", "lambda", "wraps", "lru_cache", "class", "object", "among others"],
+)
+def test_what_is_found_without_a_name(tmp_path, text):
+    value = load_script(script(tmp_path, text), None)(None, None)
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
+    assert value == 1
+
+
+def test_a_usual_name_that_takes_no_two_arguments_is_passed_over(tmp_path):
+    path = script(tmp_path, "agent = 'a name'\ndef my_agent(question): return 0\ndef solve(r, t): return 1\n")
+    assert load_script(path, None)(None, None) == 1
+    with pytest.raises(InvalidConfigError, match=r"my_agent\(question\) in .* cannot be called as my_agent\(resource"):
+        load_script(path, "my_agent")
+
+
+def test_imported_functions_are_taken_by_name(tmp_path):
+    script(tmp_path, "def solve(resource, task): return 6\n", "library_of_agents.py")
+    path = script(tmp_path, "from library_of_agents import solve\n")
+    assert load_script(path, "solve")(None, None) == 6
+    with pytest.raises(InvalidConfigError, match="found: no functions"):
+        load_script(path, None)
+    path = script(tmp_path, "from library_of_agents import solve as agent_func\n", "renamed.py")
+    assert load_script(path, None)(None, None) == 6
+
+
+def test_a_class_is_an_agent_when_its_objects_are():
+    class Solver:
+        def __call__(self, resource, task):
+            return 8
+
+    assert unpack_agent(pack_agent(Solver))(None, None) == 8
+    assert unpack_agent(pack_agent(Solver()))(None, None) == 8
 
 
 def test_a_script_imports_its_neighbours_and_shadows_nothing(tmp_path):
