@@ -18,7 +18,6 @@ _UNSUPPORTED = {
     "mcp_servers": ([],),
     "container": (),
     "context_management": (),
-    "output_format": (),
 }
 
 _TYPES = {
@@ -31,6 +30,7 @@ _TYPES = {
     "server": "api_error",
 }
 
+_TOOL_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -49,6 +49,8 @@ class MessagesRequest(pydantic.BaseModel):
     top_p: float | None = pydantic.Field(None, gt=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=-1)
     stop_sequences: list[str] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None  # what output_config.format was called while it was a beta
     stream: bool | None = None
     return_token_ids: bool = False
 
@@ -64,7 +66,7 @@ async def messages(request: Request) -> Response:
     generator: Generator = request.app.state.generator
     attempt = generator.attempt(request.path_params.get("token"))
     body = wire.parse(MessagesRequest, await wire.body_of(request))
-    generation = generator.start(_request(body), attempt)
+    generation = await generator.start(_request(body), attempt)
     envelope = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
     envelope["model"] = body.model or generator.policy.name
     if body.stream:
@@ -100,11 +102,12 @@ def error_content(error: ApiError) -> dict:
 
 def _request(body: MessagesRequest) -> GenerateRequest:
     wire.refuse(body, _UNSUPPORTED)
-    choice = (body.tool_choice or {}).get("type", "auto")
-    if choice not in ("auto", "none"):
-        raise ApiError(f"tool_choice of type {choice!r} is not supported by this server", param="tool_choice")
-    if body.tools and (body.tool_choice or {}).get("disable_parallel_tool_use"):
-        raise ApiError("disable_parallel_tool_use is not supported by this server", param="tool_choice")
+    choice = body.tool_choice or {"type": "auto"}
+    kind = choice.get("type")
+    if kind not in _TOOL_CHOICES or (kind == "tool" and not isinstance(choice.get("name"), str)):
+        raise ApiError(f"tool_choice: {choice!r} is not known", param="tool_choice")
+    if _TOOL_CHOICES[kind] == "required" and not body.tools:
+        raise ApiError(f"tool_choice of type {kind!r} needs tools", param="tool_choice")
     chat = [{"role": "system", "content": _text(body.system, "system")}] if body.system else []
     for position, message in enumerate(body.messages):
         chat.extend(_chat_messages(message, f"messages.{position}"))
@@ -112,7 +115,10 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         dialect="anthropic_messages",
         messages=chat,
         tools=[_function_tool(tool, f"tools.{i}") for i, tool in enumerate(body.tools)] if body.tools else None,
-        parse_tools=choice != "none",
+        tool_choice=_TOOL_CHOICES[kind],
+        tool_name=choice["name"] if kind == "tool" else None,
+        parallel_tool_calls=not choice.get("disable_parallel_tool_use"),
+        form=_form(body),
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
@@ -121,6 +127,15 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         continue_final=chat[-1]["role"] == "assistant",  # what Anthropic calls a prefill
         stream=bool(body.stream),
     )
+
+
+def _form(body: MessagesRequest) -> tuple[str, Any] | None:
+    asked = (body.output_config or {}).get("format") or body.output_format
+    if asked is None:
+        return None
+    if not isinstance(asked, dict) or asked.get("type") != "json_schema" or not isinstance(asked.get("schema"), dict):
+        raise ApiError('output_config.format: must be {"type": "json_schema", "schema": {...}}', param="output_config")
+    return "json_schema", asked["schema"]
 
 
 def _chat_messages(message: dict, where: str) -> list[dict]:
@@ -183,6 +198,8 @@ def _function_tool(tool: dict, where: str) -> dict:
     if tool.get("type", "custom") != "custom":
         raise ApiError(f"{where}: tools of type {tool['type']!r} are not supported by this server", param=where)
     function = {"name": _field(tool, "name", str, where), "parameters": _field(tool, "input_schema", dict, where)}
+    if tool.get("strict"):
+        function["strict"] = True
     if tool.get("description"):
         function["description"] = tool["description"]
     return {"type": "function", "function": function}

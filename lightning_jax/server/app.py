@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.policy import Policy
-from lightning_jax.server import anthropic_messages, control, openai_chat, wire
+from lightning_jax.server import anthropic_messages, control, openai_chat, openai_shared, wire
 from lightning_jax.server.auth import RequireKey
 from lightning_jax.server.contract import ApiError, ClientGone
 from lightning_jax.server.generate import Generator
@@ -28,7 +28,7 @@ _CLOSED_REQUEST = 499  # as nginx has it; nobody reads it
 # The SDKs differ in what they append to a base URL.
 _PREFIXES = [base + version for base in ("/rollout/{token}", "") for version in ("/v1", "", "/v1/v1")]
 _DIALECTS = {
-    "/chat/completions": (openai_chat.chat_completions, openai_chat.error_response),
+    "/chat/completions": (openai_chat.chat_completions, openai_shared.error_response),
     "/messages": (anthropic_messages.messages, anthropic_messages.error_response),
     "/messages/count_tokens": (anthropic_messages.count_tokens, anthropic_messages.error_response),
 }
@@ -117,7 +117,7 @@ def _dialect_error(request: Request):
 
 
 def _api_error(request: Request, error: ApiError) -> Response:
-    return (_dialect_error(request) or openai_chat.error_response)(error)
+    return (_dialect_error(request) or openai_shared.error_response)(error)
 
 
 def _invalid_body(request: Request, error: RequestValidationError) -> Response:

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal
+
+TopLogprobs = list[list[tuple[int, float]]]  # for each token, the likeliest ones as (id, log-prob)
 
 
 class ApiError(Exception):
@@ -45,7 +48,13 @@ class GenerateRequest:
         dialect: its name, kept with the call.
         messages: in the OpenAI chat shape; `text.chat.canonical_messages` checks them.
         tools: function tools in the OpenAI shape.
-        parse_tools: whether tool calls in the reply are taken out of its text.
+        tool_choice: "none" leaves tool calls in the reply's text; "required" has it begin with one.
+        tool_name: of the only tool that may be called; None for any.
+        parallel_tool_calls: whether there may be more than one call.
+        form: what the text of the reply must look like: ("json_object", None), ("json_schema", schema), ("regex",
+            pattern), ("choice", texts) or ("grammar", EBNF); None for anything. "json_schema_if_possible" is any object
+            where the schema cannot be enforced.
+        stop_ids: token ids that end the reply, besides the model's own.
         continue_final: the last message, of the assistant, is the beginning of the reply.
         n: how many samples of the one prompt.
         stream: whether the reply is asked for as `Generation.events`.
@@ -54,13 +63,23 @@ class GenerateRequest:
     dialect: str
     messages: Sequence[dict]
     tools: Sequence[dict] | None = None
-    parse_tools: bool = True
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str | None = None
+    parallel_tool_calls: bool = True
+    form: tuple[str, Any] | None = None
     continue_final: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    top_logprobs: int = 0
+    min_tokens: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     seed: int | None = None
     n: int = 1
     ignore_eos: bool = False
@@ -78,6 +97,7 @@ class Choice:
         num_text_tokens: how many of them are text, that is, all but an end-of-turn id.
         finish_reason: "stop", "length" or "tool_calls".
         stop_string: the stop string that ended it, if one did.
+        top_logprobs: of every sampled token, if they were asked for.
     """
 
     content: str
@@ -87,6 +107,7 @@ class Choice:
     num_text_tokens: int
     finish_reason: str
     stop_string: str | None
+    top_logprobs: TopLogprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +117,7 @@ class Delta:
     Attributes:
         index: of the sample.
         content, tool_calls: as in `Choice`; a call comes whole.
-        token_ids, logprobs: sampled since the sample's previous delta.
+        token_ids, logprobs, top_logprobs: sampled since the sample's previous delta.
         num_text_tokens: how many of them are text.
         choice: the whole sample, in its last delta.
     """
@@ -108,6 +129,7 @@ class Delta:
     logprobs: list[float]
     num_text_tokens: int
     choice: Choice | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,22 +5,37 @@ JSON, and knows no more.
 """
 
 import array
+import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
 import secrets
 
 import ml_collections
+from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax.policy import Policy
-from lightning_jax.sampler.request import SamplingParams, noise_key
+from lightning_jax.sampler.request import Grammar, SamplingParams, noise_key
 from lightning_jax.server.contract import ApiError, GenerateRequest
 from lightning_jax.server.generation import Generation, Prepared
 from lightning_jax.store import Attempt, Store
-from lightning_jax.text import chat, tools
+from lightning_jax.text import chat, guided, tools
 
 _log = logging.getLogger(__name__)
+
+# What an agent may change about the distribution that is sampled from, and the values at which it is the model's own.
+_SHAPING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "min_tokens": 0,
+}
 
 
 class Generator:
@@ -31,6 +46,7 @@ class Generator:
         self._store = store
         self._config = sampler_config
         self._family = tools.family_of(policy.tokenizer)
+        self._guide = guided.Guide(policy.tokenizer)
         self._override_logged: set[str] = set()
 
     def attempt(self, token: str | None) -> Attempt | None:
@@ -42,7 +58,7 @@ class Generator:
             raise ApiError("this rollout URL is unknown, or its attempt has ended", status=401, kind="authentication")
         return attempt
 
-    def start(self, request: GenerateRequest, attempt: Attempt | None) -> Generation:
+    async def start(self, request: GenerateRequest, attempt: Attempt | None) -> Generation:
         """Begins to sample `request.n` replies; the caller takes them, or closes the generation.
 
         Args:
@@ -51,6 +67,7 @@ class Generator:
         Raises:
             ApiError: the request cannot be served.
         """
+        grammar = await self._grammar(request)
         messages, prompt = self._prompt(request, attempt)
         room = self.policy.max_seq_len - len(prompt.ids)
         if room < 1:
@@ -60,10 +77,11 @@ class Generator:
         taken = attempt.prompts.setdefault(digest, set()) if attempt else set()
         occurrence = next(number for number in itertools.count() if number not in taken)
         name = (*self._noise_name(request, attempt), digest.hex(), occurrence)
-        sampling = [self._sampling(request, attempt, room, noise_key(*name, i)) for i in range(request.n)]
+        sampling = self._sampling(request, attempt, room, grammar)
+        samplings = [dataclasses.replace(sampling, noise_key=noise_key(*name, i)) for i in range(request.n)]
         indices = [self._store.next_call_index(attempt) if attempt else 0 for _ in range(request.n)]
         parent = None if prompt.parent is None else attempt.calls[prompt.parent].index
-        prepared = Prepared(messages, prompt.ids, parent, sampling, indices, [f"{name}:{i}" for i in range(request.n)])
+        prepared = Prepared(messages, prompt.ids, parent, samplings, indices, [f"{name}:{i}" for i in range(request.n)])
         taken.add(occurrence)
 
         def forget() -> None:  # a refused call that is sent again is the same call
@@ -91,36 +109,66 @@ class Generator:
         except ValueError as error:  # images, a role out of place, messages that the template refuses
             raise ApiError(str(error), param="messages") from None
 
-    def _sampling(self, request: GenerateRequest, attempt: Attempt | None, room: int, key) -> SamplingParams:
-        ours = self._config
-        asked = (request.temperature, request.top_p, request.top_k)
-        max_tokens = request.max_tokens or ours.max_tokens
-        default = (1.0 if attempt is None else 0.0, 1.0, 0)
-        if attempt is not None and attempt.mode == "train":
-            default = (ours.temperature, ours.top_p, ours.top_k)
-            if not ours.honor_agent_sampling:
-                self._log_override(attempt, asked, default)
-                asked = (None, None, None)
-                max_tokens = min(max_tokens, ours.max_tokens)
-        temperature, top_p, top_k = (d if a is None else a for a, d in zip(asked, default, strict=True))
-        return SamplingParams(
-            temperature=float(temperature),
-            top_p=float(top_p),
-            top_k=max(top_k, 0),
-            max_tokens=min(max_tokens, room),
-            noise_key=key,
-            ignore_eos=request.ignore_eos,
-        )
+    async def _grammar(self, request: GenerateRequest) -> Grammar | None:
+        """What the reply must look like, if that is asked for; compiled in a thread, because it can take a second."""
+        tools = request.tools if request.tool_choice != "none" else None
+        forced = request.tool_choice == "required"
+        if tools and (forced or not request.parallel_tool_calls or any(_is_strict(tool) for tool in tools)):
+            options = {"required": forced, "parallel": request.parallel_tool_calls, "name": request.tool_name}
+            compile, value = functools.partial(self._guide.tool_call, family=self._family, **options), tools
+        elif request.form is not None:
+            kind, value = request.form
+            compile = {
+                "json_object": lambda _: self._guide.json_object(),
+                "json_schema": self._guide.json_schema,
+                "json_schema_if_possible": self._json_schema_if_possible,
+                "regex": self._guide.regex,
+                "choice": self._guide.choice,
+                "grammar": self._guide.ebnf,
+            }[kind]
+        else:
+            return None
+        try:
+            return await run_in_threadpool(compile, value)
+        except ValueError as error:
+            raise ApiError(str(error)) from None
 
-    def _log_override(self, attempt: Attempt, asked: tuple, held: tuple) -> None:
-        if asked == (None, None, None) or attempt.job_id in self._override_logged:
-            return
-        ignored = [
-            f"{name}={theirs} (used: {mine})"
-            for name, theirs, mine in zip(("temperature", "top_p", "top_k"), asked, held, strict=True)
-            if theirs is not None and theirs != mine
-        ]
-        if ignored:
+    def _json_schema_if_possible(self, schema: dict) -> Grammar:
+        try:
+            return self._guide.json_schema(schema)
+        except ValueError:
+            return self._guide.json_object()
+
+    def _sampling(
+        self, request: GenerateRequest, attempt: Attempt | None, room: int, grammar: Grammar | None
+    ) -> SamplingParams:
+        ours = self._config
+        asked = {name: getattr(request, name) for name in _SHAPING if getattr(request, name) is not None}
+        held = {"temperature": 1.0 if attempt is None else 0.0}
+        max_tokens = request.max_tokens or ours.max_tokens
+        if attempt is not None and attempt.mode == "train":
+            held = {"temperature": ours.temperature, "top_p": ours.top_p, "top_k": ours.top_k}
+            if not ours.honor_agent_sampling:
+                self._log_override(attempt, asked, held)
+                asked = {}
+                max_tokens = min(max_tokens, ours.max_tokens)
+        shaping = _SHAPING | held | asked
+        try:
+            return SamplingParams(
+                **shaping | {"top_k": max(shaping["top_k"], 0), "logit_bias": tuple(shaping["logit_bias"].items())},
+                max_tokens=min(max_tokens, room),
+                stop_ids=request.stop_ids,
+                ignore_eos=request.ignore_eos,
+                top_logprobs=request.top_logprobs,
+                grammar=grammar,
+            )
+        except ValueError as error:
+            raise ApiError(str(error)) from None
+
+    def _log_override(self, attempt: Attempt, asked: dict, held: dict) -> None:
+        held = _SHAPING | held
+        ignored = [f"{name}={value} (used: {held[name]})" for name, value in asked.items() if value != held[name]]
+        if ignored and attempt.job_id not in self._override_logged:
             self._override_logged.add(attempt.job_id)
             _log.warning(
                 "in training the server's sampling parameters hold; ignored of the agent's: %s; "
@@ -136,3 +184,7 @@ class Generator:
         seed = request.seed if agents_seed else attempt.seed
         entry = attempt.entry
         return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample)
+
+
+def _is_strict(tool: dict) -> bool:
+    return bool(tool["function"].get("strict"))

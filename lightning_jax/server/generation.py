@@ -9,7 +9,15 @@ import numpy as np
 
 from lightning_jax.policy import Policy
 from lightning_jax.sampler.request import Completion, QueueFull, SamplingParams
-from lightning_jax.server.contract import ApiError, Choice, ClientGone, Delta, GenerateReply, GenerateRequest
+from lightning_jax.server.contract import (
+    ApiError,
+    Choice,
+    ClientGone,
+    Delta,
+    GenerateReply,
+    GenerateRequest,
+    TopLogprobs,
+)
 from lightning_jax.server.increments import ReplyText, StopStrings
 from lightning_jax.store import Attempt, CallRecord, Store
 from lightning_jax.text import tools
@@ -46,6 +54,7 @@ class _Sample:
     Attributes:
         text: what the agent sees of it.
         ids, logprobs: all that has come.
+        top_logprobs: theirs, if they were asked for.
         given: how many of them went into deltas.
         policy_version: when the first of them came.
     """
@@ -53,6 +62,7 @@ class _Sample:
     text: ReplyText
     ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: TopLogprobs = dataclasses.field(default_factory=list)
     given: int = 0
     policy_version: int = 0
     done: bool = False
@@ -92,7 +102,7 @@ class Generation:
         self._policy, self._store, self._family = policy, store, family
         self._on_nothing = on_nothing
         self._recorded = self._closed = False
-        self._end_ids = frozenset(policy.tokenizer.eos_ids) | frozenset(policy.config.eos_ids)
+        self._end_ids = frozenset((*policy.tokenizer.eos_ids, *policy.config.eos_ids, *request.stop_ids))
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue = asyncio.Queue()
         self._samples = [_Sample(self._reply_text(i)) for i in range(request.n)] if request.stream else []
@@ -102,12 +112,15 @@ class Generation:
         except QueueFull as error:
             self.close()
             raise ApiError(str(error), status=429, kind="rate_limit", retry_after_s=_RETRY_AFTER_S) from None
+        except ValueError as error:  # too many stop ids, a bias for a token that does not exist
+            self.close()
+            raise ApiError(str(error)) from None
         except BaseException:
             self.close()
             raise
 
     def _submit(self) -> None:
-        stop = self._request.stop
+        stop, watch_top = self._request.stop, self._request.stream and self._request.top_logprobs
         fairness_key = str(self._attempt.rollout_id) if self._attempt else "root"
         for i, parameters in enumerate(self._prepared.sampling):
             future = self._policy.sample(
@@ -115,6 +128,7 @@ class Generation:
                 parameters,
                 should_stop=StopStrings(self._policy.tokenizer, stop).check if stop else None,
                 on_tokens=functools.partial(self._sampled, i) if self._request.stream else None,
+                on_top_logprobs=self._samples[i].top_logprobs.extend if watch_top else None,
                 fairness_key=fairness_key,
             )
             self._pending[future.request_id] = asyncio.wrap_future(future)
@@ -245,13 +259,14 @@ class Generation:
         new = slice(sample.given, upto)
         num_text_tokens = min(upto, sample.text.num_text_tokens) - sample.given
         sample.given = upto
-        return Delta(i, content, calls, sample.ids[new], sample.logprobs[new], num_text_tokens, choice)
+        top_logprobs = sample.top_logprobs[new] if self._request.top_logprobs else None
+        return Delta(i, content, calls, sample.ids[new], sample.logprobs[new], num_text_tokens, choice, top_logprobs)
 
     # ---- samples and records ----
 
     def _reply_text(self, i: int) -> ReplyText:
         request, parser = self._request, None
-        if request.tools and request.parse_tools:
+        if request.tools and request.tool_choice != "none":
             parser = tools.ReplyParser(self._family, self._prepared.names[i])
         return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser)
 
@@ -311,6 +326,7 @@ def _choice(text: ReplyText, completion: Completion) -> Choice:
         num_text_tokens=text.num_text_tokens,
         finish_reason="tool_calls" if text.tool_calls and reason == "stop" else reason,
         stop_string=text.stop_string,
+        top_logprobs=completion.top_logprobs,
     )
 
 

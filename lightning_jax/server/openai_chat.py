@@ -1,85 +1,43 @@
 """OpenAI chat completions <-> generate's types."""
 
-import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pydantic
 from fastapi import Request, Response
 
-from lightning_jax.server import wire
+from lightning_jax.server import openai_shared, wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
 from lightning_jax.server.generate import Generator
 from lightning_jax.server.generation import Generation
 from lightning_jax.text.tokenizer import Tokenizer
 
-# Fields that would change the result, with the values at which they change nothing.
-_UNSUPPORTED = {
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "best_of": (1,),
-    "logit_bias": ({},),
+_UNSUPPORTED = openai_shared.UNSUPPORTED | {
     "functions": ([],),
-    "response_format": ({"type": "text"},),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
-    "tool_choice": ("auto", "none"),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-}
-
-DONE = b"data: [DONE]\n\n"
-
-_TYPES = {
-    "invalid_request": ("invalid_request_error", None),
-    "authentication": ("authentication_error", "invalid_api_key"),
-    "not_found": ("invalid_request_error", "not_found"),
-    "too_large": ("invalid_request_error", "request_too_large"),
-    "context_length": ("invalid_request_error", "context_length_exceeded"),
-    "rate_limit": ("rate_limit_error", "rate_limit_exceeded"),
-    "server": ("server_error", None),
+    "audio": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
 }
 
 
-class StreamOptions(pydantic.BaseModel):
-    """What else a stream tells."""
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-class ChatRequest(pydantic.BaseModel):
+class ChatRequest(openai_shared.SamplingBody):
     """The request body as far as it is used; other fields are refused (`_UNSUPPORTED`) or mean nothing here."""
 
-    model_config = pydantic.ConfigDict(extra="allow")
-
     messages: list[dict[str, Any]] = pydantic.Field(min_length=1)
-    model: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    n: int | None = pydantic.Field(None, ge=1, le=128)
-    temperature: float | None = pydantic.Field(None, ge=0, le=2)
-    top_p: float | None = pydantic.Field(None, gt=0, le=1)
-    top_k: int | None = pydantic.Field(None, ge=-1)
-    max_tokens: int | None = pydantic.Field(None, ge=1)
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
     max_completion_tokens: int | None = pydantic.Field(None, ge=1)
-    stop: str | list[str] | None = None
-    seed: int | None = None
     logprobs: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
-    return_token_ids: bool = False
 
 
 async def chat_completions(request: Request) -> Response:
@@ -88,76 +46,71 @@ async def chat_completions(request: Request) -> Response:
     attempt = generator.attempt(request.path_params.get("token"))
     body = wire.parse(ChatRequest, await wire.body_of(request))
     wire.refuse(body, _UNSUPPORTED)
-    generation = generator.start(_request(body), attempt)
+    generation = await generator.start(_request(body), attempt)
     model = body.model or generator.policy.name
     if body.stream:
         events = _events(body, generation, generation.events(request.receive), model, generator.policy.tokenizer)
-        return wire.EventStream(generation, events, lambda error: wire.event(error_content(error)) + DONE)
+        return wire.EventStream(generation, events, openai_shared.error_event)
     reply = await generation.reply(request.receive)
     return wire.json_response(_response(body, reply, model, generator.policy.tokenizer))
 
 
-def error_response(error: ApiError) -> Response:
-    """`error` in OpenAI's shape."""
-    return wire.json_response(error_content(error), error.status, error.retry_after_s)
-
-
-def error_content(error: ApiError) -> dict:
-    """The JSON of it."""
-    kind, code = _TYPES[error.kind]
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+# ---- request ----
 
 
 def _request(body: ChatRequest) -> GenerateRequest:
     for position, tool in enumerate(body.tools or ()):
-        if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-            raise ApiError("only tools of type 'function' are supported", param=f"tools[{position}]")
+        function = tool.get("function") if tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError("only tools of type 'function', with a name, are supported", param=f"tools[{position}]")
     if body.add_generation_prompt == body.continue_final_message:
         text = "continue_final_message and add_generation_prompt: exactly one of them must be true"
         raise ApiError(text, param="continue_final_message")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError("top_logprobs: logprobs must be true as well", param="top_logprobs")
+    tool_choice, tool_name = _tool_choice(body)
     return GenerateRequest(
         dialect="openai_chat",
         messages=body.messages,
         tools=body.tools or None,
-        parse_tools=body.tool_choice != "none",
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
+        tool_choice=tool_choice,
+        tool_name=tool_name,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        form=openai_shared.response_format(body.response_format) or openai_shared.form_of(body),
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        stop=wire.stop_strings([body.stop] if isinstance(body.stop, str) else body.stop, "stop"),
-        seed=body.seed,
-        n=body.n or 1,
-        ignore_eos=body.ignore_eos,
+        top_logprobs=body.top_logprobs or 0,
         continue_final=body.continue_final_message,
-        stream=bool(body.stream),
+        **openai_shared.sampling_of(body),
     )
+
+
+def _tool_choice(body: ChatRequest) -> tuple[str, str | None]:
+    """`tool_choice` and the name of the only tool that may be called."""
+    asked, name = body.tool_choice or "auto", None
+    if isinstance(asked, dict):
+        function = asked.get("function")
+        if asked.get("type") != "function" or not isinstance(function, dict) or "name" not in function:
+            text = 'tool_choice: an object must be {"type": "function", "function": {"name": ...}}'
+            raise ApiError(text, param="tool_choice")
+        asked, name = "required", function["name"]
+    if asked not in ("auto", "none", "required"):
+        raise ApiError(f"tool_choice: {asked!r} is not one of none, auto, required, an object", param="tool_choice")
+    if asked == "required" and not body.tools:
+        raise ApiError(f"tool_choice {asked!r} needs tools", param="tool_choice")
+    return asked, name
 
 
 # ---- response ----
 
 
 def _response(body: ChatRequest, reply: GenerateReply, model: str, tokenizer: Tokenizer) -> dict:
-    response = _envelope("chat.completion", model) | {
+    response = openai_shared.envelope("chatcmpl", "chat.completion", model) | {
         "choices": [_choice(body, i, choice, tokenizer) for i, choice in enumerate(reply.choices)],
-        "usage": usage(len(reply.prompt_ids), reply.completion_tokens, reply.cached_tokens),
+        "usage": openai_shared.usage(len(reply.prompt_ids), reply.completion_tokens, reply.cached_tokens),
     }
     if body.return_token_ids:
         response["prompt_token_ids"] = reply.prompt_ids
     return response
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict:
-    """Token counts as chat completions and completions have them."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-
-
-def _envelope(kind: str, model: str) -> dict:
-    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def _choice(body: ChatRequest, index: int, choice: Choice, tokenizer: Tokenizer) -> dict:
@@ -172,12 +125,7 @@ def _choice(body: ChatRequest, index: int, choice: Choice, tokenizer: Tokenizer)
 
 
 def _logprobs(sampled: Choice | Delta, tokenizer: Tokenizer) -> dict:
-    entries = []
-    for token_id, logprob in zip(sampled.token_ids[: sampled.num_text_tokens], sampled.logprobs, strict=False):
-        raw = tokenizer.token_bytes(token_id)
-        text = raw.decode("utf-8", "replace")
-        entries.append({"token": text, "logprob": logprob, "bytes": list(raw), "top_logprobs": []})
-    return {"content": entries, "refusal": None}
+    return {"content": openai_shared.token_logprobs(sampled, tokenizer), "refusal": None}
 
 
 # ---- stream ----
@@ -191,12 +139,12 @@ async def _events(
     tokenizer: Tokenizer,
 ) -> AsyncGenerator[bytes, None]:
     """The chunks of a stream: each choice's role, its deltas, its finish reason, and the usage if it is asked for."""
-    options = body.stream_options or StreamOptions()
-    envelope = _envelope("chat.completion.chunk", model)
+    options = body.stream_options or openai_shared.StreamOptions()
+    envelope = openai_shared.envelope("chatcmpl", "chat.completion.chunk", model)
     calls_begun = [0] * (body.n or 1)
 
     def counted() -> dict:
-        return usage(len(generation.prompt_ids), generation.completion_tokens, generation.cached_tokens)
+        return openai_shared.usage(len(generation.prompt_ids), generation.completion_tokens, generation.cached_tokens)
 
     def chunk(index: int, delta: dict, sampled: Delta | None = None, finish_reason: str | None = None) -> bytes:
         logprobs = _logprobs(sampled, tokenizer) if body.logprobs and sampled else None
@@ -232,4 +180,4 @@ async def _events(
             yield chunk(delta.index, {}, sampled, delta.choice.finish_reason)
     if options.include_usage:
         yield wire.event(envelope | {"choices": [], "usage": counted()})
-    yield DONE
+    yield openai_shared.DONE

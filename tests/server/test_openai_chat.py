@@ -107,12 +107,18 @@ def test_message_forms(client, serving):
         ({"n": 0}, "n: "),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": [""]}, "stop"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "input_audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
     ],
 )
@@ -121,7 +127,7 @@ def test_what_cannot_be_done_is_said(client, options, text):
         create(client, **options)
     assert caught.value.type == "invalid_request_error" and caught.value.param.split(".")[0].split("[")[0] in {
         *options,
-        "guided_json",
+        "min_p",
     }
 
 

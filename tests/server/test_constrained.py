@@ -1,0 +1,157 @@
+"""What agents ask of a reply's form and distribution: structured output, forced tools, biases, penalties."""
+
+import json
+
+import anthropic
+import numpy as np
+import openai
+import pytest
+
+USER = [{"role": "user", "content": "2+2?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 22, 333]}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "It.", "parameters": SCHEMA}}
+    for name in ("first", "second")
+]
+
+
+@pytest.fixture(scope="module")
+def serving(start, random_model):
+    return start(random_model, **{"runtime.max_seq_len": 512})  # tools take room, a character a token
+
+
+@pytest.fixture(scope="module")
+def client(serving):
+    with openai.OpenAI(base_url=serving.url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(serving):
+    with anthropic.Anthropic(base_url=serving.url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def create(client, **options):
+    return client.chat.completions.create(**{"model": "m", "messages": USER, "max_tokens": 250} | options)
+
+
+def is_valid(value) -> bool:
+    return list(value) == ["ok", "n"] and isinstance(value["ok"], bool) and value["n"] in (1, 22, 333)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_json_schema(client, strict):
+    asked = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA, "strict": strict}}
+    (choice,) = create(client, response_format=asked).choices
+    assert is_valid(json.loads(choice.message.content)) and choice.finish_reason == "stop"
+
+
+def test_json_of_other_names(client, claude):
+    assert is_valid(json.loads(create(client, extra_body={"guided_json": SCHEMA}).choices[0].message.content))
+    structured = {"structured_outputs": {"choice": ["left", "right"]}}
+    assert create(client, extra_body=structured).choices[0].message.content in ("left", "right")
+    reply = claude.messages.create(
+        model="m",
+        max_tokens=250,
+        messages=USER,
+        output_config={"format": {"type": "json_schema", "schema": SCHEMA}},
+    )
+    assert is_valid(json.loads(reply.content[0].text)) and reply.stop_reason == "end_turn"
+
+
+def test_json_object_begins_as_one(client):
+    asked = {"type": "json_object"}
+    text = create(client, response_format=asked, max_tokens=10).choices[0].message.content
+    assert text.startswith("{")
+
+
+def test_a_schema_that_cannot_be_enforced(client):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        create(client, response_format=asked)
+    asked["json_schema"]["strict"] = False
+    assert create(client, response_format=asked, max_tokens=5).choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "second"}}], ids=["required", "named"]
+)
+def test_forced_tools(client, choice):
+    (reply,) = create(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices
+    (call,) = reply.message.tool_calls
+    assert call.function.name in (["first", "second"] if choice == "required" else ["second"])
+    assert is_valid(json.loads(call.function.arguments))
+    assert reply.message.content is None and reply.finish_reason == "tool_calls"
+
+
+def test_forced_tools_of_anthropic(claude):
+    tools = [{"name": name, "input_schema": SCHEMA} for name in ("first", "second")]
+    choice = {"type": "tool", "name": "second", "disable_parallel_tool_use": True}
+    reply = claude.messages.create(model="m", max_tokens=250, messages=USER, tools=tools, tool_choice=choice)
+    (block,) = reply.content
+    assert block.name == "second" and is_valid(block.input) and reply.stop_reason == "tool_use"
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    reply = claude.messages.create(model="m", max_tokens=250, messages=USER, tools=tools, tool_choice=choice)
+    assert len(reply.content) == 1 and is_valid(reply.content[0].input)
+    with pytest.raises(anthropic.BadRequestError, match="third"):
+        choice = {"type": "tool", "name": "third"}
+        claude.messages.create(model="m", max_tokens=250, messages=USER, tools=tools, tool_choice=choice)
+
+
+def test_logit_bias_penalties_and_min_tokens(client, serving):
+    tokenizer = serving.policy.tokenizer
+    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
+    text = create(client, logit_bias={str(a): 100}, max_tokens=10).choices[0].message.content
+    assert text == "a" * 10
+    bias = {str(a): 30, str(b): 29}
+    text = create(client, logit_bias=bias, temperature=0, frequency_penalty=2, max_tokens=20).choices[0].message.content
+    assert set(text) == {"a", "b"}
+    body = {"min_tokens": 5, "stop_token_ids": [a], "return_token_ids": True}
+    (choice,) = create(client, logit_bias={str(a): 100}, max_tokens=10, extra_body=body).choices
+    assert len(choice.token_ids) == 6 and choice.token_ids.index(a) == 5 and choice.finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="vocabulary|token"):
+        create(client, logit_bias={"123456789": 1})
+
+
+def test_stop_token_ids(client, serving):
+    (a,) = serving.policy.tokenizer.encode("a")
+    body = {"stop_token_ids": [a], "return_token_ids": True}
+    (choice,) = create(client, logit_bias={str(a): 100}, extra_body=body).choices
+    assert choice.token_ids == [a] and choice.message.content == "" and choice.finish_reason == "stop"
+
+
+def test_top_logprobs(client):
+    options = {"logprobs": True, "top_logprobs": 3, "seed": 4, "max_tokens": 20}
+    whole = create(client, **options).choices[0].logprobs.content
+    assert len(whole) == 20 and all(len(entry.top_logprobs) == 3 for entry in whole)
+    for entry in whole:
+        ranked = [likely.logprob for likely in entry.top_logprobs]
+        assert ranked == sorted(ranked, reverse=True) and ranked[0] >= entry.logprob - 1e-4
+    chunks = create(client, stream=True, **options)
+    pieces = [choice.logprobs.content for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    streamed = [entry for piece in pieces for entry in piece]
+    assert [entry.bytes for entry in streamed] == [entry.bytes for entry in whole]
+    np.testing.assert_allclose(
+        [[likely.logprob for likely in entry.top_logprobs] for entry in streamed],
+        [[likely.logprob for likely in entry.top_logprobs] for entry in whole],
+        atol=1e-4,
+    )
+
+
+def test_in_training_the_distribution_is_the_servers_and_the_form_the_agents(serving):
+    job, leases, ids = serving.open()
+    (a,) = serving.policy.tokenizer.encode("a")
+    with openai.OpenAI(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        text = create(agent, logit_bias={str(a): 100}, max_tokens=10).choices[0].message.content
+        assert text != "a" * 10
+        asked = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"enum": ["x", "y"]}, "strict": True}}
+        assert json.loads(create(agent, response_format=asked, max_tokens=10).choices[0].message.content) in ("x", "y")
+    (record,) = serving.finish(job, leases, ids)
+    assert len(record.calls) == 2
