@@ -142,7 +142,7 @@ def test_names_are_resolved_as_users_write_them(tmp_path):
         "checkpoints/step-20": 20,
         str(folder / "step-20"): 20,
         str(folder / "best"): 3,
-        "/home/me/copies/step-3": 3,  # the client's, on another machine
+        "/elsewhere/copies/step-3": 3,  # the client's, on another machine
     }.items():
         assert checkpoint.resolve(folder, name) == folder / f"step-{step}", name
     for name in ("step-4", "step-03", "newest", "", "../checkpoints", "step-3/params", str(folder)):
