@@ -8,13 +8,18 @@ from typing import Any
 class Resource:
     """Where an agent finds the model, and what it may want to know about its rollout.
 
+    Where the server trains several models, `model_api_1`, `model_api_2`, ... are the URLs of each, in the order of its
+    configuration, and so is `model_apis` by name (`resource.model_apis["query"]`). Where it trains one, every such URL
+    is that model's, and the number or name is kept in the records as the role in which it was asked.
+
     Attributes:
-        model_api: base URL of the model for this rollout. It speaks the OpenAI and Anthropic dialects, and whatever
-            is sent to it is recorded for this rollout; the URL itself is the credential.
-        model_name: the model's identifier. Any name is accepted by `model_api`.
+        model_api: base URL of the first model for this rollout. It speaks the OpenAI and Anthropic dialects, and
+            whatever is sent to it is recorded for this rollout; the URL itself is the credential.
+        model_name: the first model's identifier. Any name is accepted by `model_api`; another model's means that one.
         task_id: the task's identifier, the same for every sample of that task.
         worker_id: number of the worker process, from 0.
         metadata: what was passed to `train(metadata=...)`, and about this rollout at least `rollout_id` and `attempt`.
+        model_names: all models' identifiers, the first one first.
     """
 
     model_api: str
@@ -22,6 +27,37 @@ class Resource:
     task_id: str
     worker_id: int
     metadata: dict = field(default_factory=dict)
+    model_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.model_names = self.model_names or [self.model_name]
+
+    @property
+    def model_apis(self) -> dict[str, str]:
+        """Base URL by model name; a single model has one for every name."""
+        return _ModelApis(self.model_api, self.model_names)
+
+    def __getattr__(self, name: str) -> str:
+        number = name.removeprefix("model_api_")
+        if number == name or not number.isdecimal() or number.startswith("0"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        names = self.model_names
+        if len(names) > 1 and int(number) > len(names):
+            raise AttributeError(f"there is no {name}: the server trains {len(names)} models, {', '.join(names)}")
+        return f"{self.model_api}/model/{number}"
+
+
+class _ModelApis(dict):
+    """Base URL by model name. A single model has one for every name, which is the role that it is asked in."""
+
+    def __init__(self, model_api: str, names: list[str]):
+        self._model_api, self._single = model_api, len(names) == 1
+        super().__init__({name: model_api if self._single else f"{model_api}/model/{name}" for name in names})
+
+    def __missing__(self, name: str) -> str:
+        if not self._single:
+            raise KeyError(f"there is no model {name!r}; there are {', '.join(self)}")
+        return f"{self._model_api}/model/{name}"
 
 
 class Task(dict):

@@ -85,6 +85,7 @@ class Worker:
         os.environ["ANTHROPIC_API_KEY"] = token
         metadata = {"rollout_id": lease["rollout_id"], "attempt": lease["attempt"]} | (lease.get("metadata") or {})
         resource = Resource(model_api, lease["model_name"], str(lease["task_id"]), self._worker_id, metadata)
+        resource.model_names = lease.get("model_names") or [lease["model_name"]]
         return resource, Task(lease["task"])
 
     def _await(self, awaitable):

@@ -29,6 +29,7 @@ flags.disclaim_key_flags()  # they are the caller's: its --help shows them
 # config_flags reads its flag's file when the flag is defined, unless the command line that it is given names a file.
 # It is given this one, which `parse_flags` fills once the settings in it have been checked.
 _argv = ["", "--config"]
+_of_models: dict[str, str] = {}  # --config.models.NAME.KEY=VALUE: names that ml_collections finds in no config file
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -58,6 +59,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
     """
     _check_overrides(argv)
     path, rest = _split_config(argv)
+    rest = _without_models(rest)
     file = path.split(":")[0]
     if not Path(file).is_file():
         raise InvalidConfigError(f"the config file {file} does not exist (flag --config)")
@@ -73,7 +75,7 @@ def merged_config(
 ) -> config_dict.ConfigDict:
     """The configuration of the parsed flags, the environment and the files they name; errors as `config.merge`."""
     flag = flag_values["config"]
-    overrides = config_flags.get_override_values(flag)
+    overrides = config_flags.get_override_values(flag) | _of_models
     base: dict = {}
     for key, value in config_lib.flatten(flag.value):
         if key not in overrides:  # the flag has put them into the file's values already
@@ -120,6 +122,22 @@ def _split_config(argv: list[str]) -> tuple[str, list[str]]:
         else:
             path = next(arguments, "") if match[1] is None else match[1]
     return path, rest
+
+
+def _without_models(argv: list[str]) -> list[str]:
+    """The arguments without those of `config.models`, which are kept in `_of_models`; `_check_overrides` saw them."""
+    _of_models.clear()
+    rest = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.match(r"--?config\.(models\.[^=]+)(?:=(.*))?$", argument, re.DOTALL)
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif match:
+            _of_models[match[1]] = next(arguments) if match[2] is None else match[2]
+        else:
+            rest.append(argument)
+    return rest
 
 
 def _explained(error: BaseException, file: str) -> InvalidConfigError:

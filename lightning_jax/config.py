@@ -24,6 +24,7 @@ import yaml
 from ml_collections import config_dict
 
 from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import config_models
 
 # The reference's variable names. Those that only an agent's side reads are listed so that they are not taken for typos.
 ENVIRONMENT = {
@@ -51,6 +52,10 @@ def default_config() -> config_dict.ConfigDict:
     model.path = "builtin:tiny"  # a Hugging Face folder, a .gguf file, or "builtin:tiny"
     model.dtype = "auto"  # of compute: "float32", "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere
     model.tensor_parallel = 1  # devices that share each weight matrix
+
+    # Two or more models that are trained together, in place of the one above: name -> the settings above, and
+    # learning_rate (None: algorithm.learning_rate). The first is the one that agents get by default.
+    c.models = config_dict.ConfigDict()
 
     c.algorithm = algorithm = config_dict.ConfigDict()
     algorithm.name = "grpo"
@@ -112,7 +117,9 @@ def default_config() -> config_dict.ConfigDict:
     c.logging = logging = config_dict.ConfigDict()
     logging.tensorboard = True  # event files beside metrics.jsonl
     logging.wandb_project = ""  # also log to this Weights & Biases project
-    return c.lock()
+    c.lock()
+    c.models.unlock()  # the names in it are the user's
+    return c
 
 
 # Rules: what a single value must be -----------------------------------------------------------------------------------
@@ -188,10 +195,12 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
         raise InvalidConfigError(f"{key} {problem} ({sources.get(key, 'default')})", hint=hint)
 
     value_of = dict(flatten(config))
-    for key, rule in _RULES.items():
+    for key, rule in [*_RULES.items(), *config_models.rules(config, _RULES)]:
         value = value_of[key]
         if not rule.holds(value):
             fail(key, f"must be {rule.text}, not {value!r}", _did_you_mean(str(value), rule.choices))
+    if wrong := config_models.contradiction(config, sources):
+        fail(*wrong)
     for key in _PPO_ONLY:
         if value_of[key] is not None:
             fail(key, f"is PPO's, and algorithm.name is {config.algorithm.name!r}", "remove it")
@@ -222,11 +231,14 @@ class Setting(NamedTuple):
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping | config_dict.ConfigDict):
-            yield from flatten(value, f"{prefix}{name}.")
+    for name in config_models.written_names(config):
+        value, key = config[name], f"{prefix}{name}"
+        if config_models.IS_ONE.fullmatch(key) and not value:
+            yield f"{key}.path", ""  # a model of which nothing is said is one all the same
+        elif isinstance(value, Mapping | config_dict.ConfigDict):
+            yield from flatten(value, f"{key}.")
         else:
-            yield prefix + name, value
+            yield key, value
 
 
 def setting_types() -> dict[str, Setting]:
@@ -246,6 +258,8 @@ def _did_you_mean(name: str, names) -> str | None:
 
 
 def find_setting(key: str, settings: Mapping[str, Setting], source: str) -> Setting:
+    if key.split(".")[0] == "models":
+        settings = config_models.settings(key, settings, source)
     if key in settings:
         return settings[key]
     inside = [name for name in settings if name.startswith(key + ".")]
@@ -307,7 +321,11 @@ def _yaml_settings(path: str, settings: Mapping[str, Setting]) -> Iterator[tuple
                 raise InvalidConfigError(f"{key} is given twice ({path}, lines {seen[key]} and {line})")
             seen[key] = line
             is_null = value_node.tag == "tag:yaml.org,2002:null"
-            if any(name.startswith(key + ".") for name in settings):
+            is_one = config_models.IS_ONE.fullmatch(key)
+            if is_one and (is_null or not value_node.value):
+                yield f"{key}.path", "", source
+                continue
+            if is_one or key == "models" or any(name.startswith(key + ".") for name in settings):
                 if not is_null:
                     yield from walk(value_node, key + ".")
                 continue
@@ -383,8 +401,12 @@ def merge(
             yield key, value, f"flag --config.{key}"
 
     for key, value, source in list(given()):
-        config.update_from_flattened_dict({key: typed(key, find_setting(key, settings, source), value, source)})
+        value = typed(key, find_setting(key, settings, source), value, source)
+        if key.startswith("models."):
+            config_models.add(config, default_config(), key.split(".")[1])
+        config.update_from_flattened_dict({key: value})
         sources[key] = source
+    config.lock()
     config.workdir = config.workdir.replace("{seed}", str(config.seed))
     validate(config, sources)
     return config

@@ -22,9 +22,9 @@ from agent_lightning import agent_source, client
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line
+from lightning_jax import command_line, config_models
 from lightning_jax import config as config_lib
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies
 from lightning_jax.server import app as server_app
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import ENDED_JOB, Store
@@ -63,10 +63,11 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
         return
     before = dict(config_lib.flatten(json.loads(path.read_text())))
     now = dict(config_lib.flatten(config.to_dict()))
+    models = {key for key in before.keys() ^ now.keys() if key.startswith("models.")}
     differences = [
-        f"{key}: {before[key]!r} there, {now[key]!r} here"
-        for key in sorted(before.keys() & now.keys())
-        if before[key] != now[key] and key not in _FREE_SETTINGS and not key.startswith(_FREE_SECTIONS)
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted((before.keys() & now.keys()) | models)
+        if before.get(key) != now.get(key) and key not in _FREE_SETTINGS and not key.startswith(_FREE_SECTIONS)
     ]
     if differences:
         raise InvalidConfigError(
@@ -113,11 +114,11 @@ def serve(config: ml_collections.ConfigDict) -> None:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
         store = stack.enter_context(contextlib.closing(open_store(config)))
-        policy = _start_policy(config, stack)
-        runner = JobRunner(policy, store, config, resume=lambda job_id: job_id not in JOB_IDS.values())
+        policies = _start_policies(config, stack)
+        runner = JobRunner(policies, store, config, resume=lambda job_id: job_id not in JOB_IDS.values())
         jobs = stack.enter_context(contextlib.closing(runner))
-        http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
-        _say(f"serving {policy.name} on {server_app.url_of(sock)} (Ctrl-C ends)")
+        http = server_app.create_app(config=config, policies=policies, store=store, jobs=jobs)
+        _say(f"serving {', '.join(policies)} on {server_app.url_of(sock)} (Ctrl-C ends)")
         # uvicorn shuts down on either signal and then raises it again; both are to unwind this stack.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
@@ -137,16 +138,17 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
         for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
             if path:
                 store.put_dataset(DATA_ID, split, _read_chunks(path))
-        policy = _start_policy(config, stack)
-        if policy.tokenizer.chat_template is None:
-            raise InvalidConfigError(
-                f"the tokenizer of {config.model.path} has no chat template, so agents cannot talk to the model",
-                hint="choose an instruct model, or add chat_template.jinja to its folder",
-            )
+        policies = _start_policies(config, stack)
+        for name, policy in policies.items():
+            if policy.tokenizer.chat_template is None:
+                raise InvalidConfigError(
+                    f"the tokenizer of {name} has no chat template, so agents cannot talk to the model",
+                    hint="choose an instruct model, or add chat_template.jinja to its folder",
+                )
         job_id = JOB_IDS[config.mode]
-        runner = JobRunner(policy, store, config, resume=lambda known: known == job_id)
+        runner = JobRunner(policies, store, config, resume=lambda known: known == job_id)
         jobs = stack.enter_context(contextlib.closing(runner))
-        http = server_app.create_app(config=config, policy=policy, store=store, jobs=jobs)
+        http = server_app.create_app(config=config, policies=policies, store=store, jobs=jobs)
         server = server_app.RunningServer(http, sock)
         stack.callback(server.stop)
         jobs.submit({"kind": config.mode, "data_id": DATA_ID}, job_id)
@@ -154,23 +156,25 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
     if job["status"] == "failed":
         raise client.job_error(job)
     if job["result"]:
-        _say(_summary(config, job["result"], policy.max_seq_len))
+        _say(_summary(config, job["result"]))
 
 
-def _start_policy(config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> Policy:
-    """Loads the model and compiles the sampler, with a bar."""
+def _start_policies(config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> Policies:
+    """Loads the models and compiles their samplers, with a bar."""
     from rich.console import Console
     from rich.progress import Progress
 
-    _say(f"loading {config.model.path} on {jax.devices()[0].device_kind}")
-    policy = stack.enter_context(contextlib.closing(Policy(config)))
-    if policy.restored is not None:
-        _say(f"continuing behind step {policy.step} of {config.workdir}")
+    paths = " and ".join(own.model.path for own in config_models.of_each(config).values())
+    _say(f"loading {paths} on {jax.devices()[0].device_kind}")
+    policies = stack.enter_context(contextlib.closing(Policies(config)))
+    if policies.restored is not None:
+        _say(f"continuing behind step {policies.step} of {config.workdir}")
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("compiling the sampler", total=None)
-        policy.warmup(lambda done, total: bar.update(task, completed=done, total=total))
+        for policy in policies.values():
+            task = bar.add_task("compiling the sampler", total=None)
+            policy.warmup(lambda done, total, task=task: bar.update(task, completed=done, total=total))
     config_lib.save_json(config, pathlib.Path(config.workdir) / "config.json")  # from here on it is this run's folder
-    return policy
+    return policies
 
 
 def _follow(store: Store, jobs: JobRunner, job_id: str, url: str, agent: dict, config) -> dict[str, Any]:
@@ -237,7 +241,7 @@ def _interruptible(jobs: JobRunner, job_id: str, progress: JobProgress):
         signal.signal(signal.SIGINT, previous)
 
 
-def _summary(config: ml_collections.ConfigDict, result: dict[str, Any], max_seq_len: int) -> str:
+def _summary(config: ml_collections.ConfigDict, result: dict[str, Any]) -> str:
     if config.mode == "evaluate":
         return (
             f"held-out reward {result['reward']:.3f} +- {result['standard_error']:.3f} "

@@ -1,8 +1,8 @@
-"""One trainable model: weights, tokenizer, engine, learner and version, and the one thread that owns the device.
+"""The trainable models, each with its weights, tokenizer, engine and learner, and the one thread that owns the device.
 
 HTTP handlers and the training loop never touch JAX. They hand requests and commands to the `DeviceThread`, which runs
 one round of every engine that has work, and between rounds the commands (an update, a checkpoint), first come first
-served.
+served. `Policies` are the models of a run: mostly one, or several that learn from the same trajectories.
 """
 
 import collections
@@ -12,7 +12,7 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import weights
 from lightning_jax.rl import checkpoint
 from lightning_jax.rl import learner as learner_lib
 from lightning_jax.rl.trajectory import Row
+from lightning_jax.rl.update import TrainState
 from lightning_jax.sampler import engine as engine_lib
 from lightning_jax.text import tokenizer as tokenizer_lib
 
@@ -102,58 +104,44 @@ class DeviceThread:
 
 
 class Policy:
-    """A model that samples and, once `prepare_training` was called, learns.
+    """One model, as `Policies` makes it: samples for any thread, and learns by the device thread.
 
     Attributes:
-        name: what `/v1/models` and `resource.model_name` say.
+        name: what `/v1/models` and `resource.model_names` say.
         config: the model's sizes.
         tokenizer: its tokenizer.
         max_seq_len: tokens of a conversation, prompt and replies together.
         version: of the weights that the engine samples from; the number of updates behind them.
-        step: updates made so far.
-        restored: what was saved beside the newest checkpoint when this policy was restored from it; else None.
     """
 
-    def __init__(self, settings: ml_collections.ConfigDict):
-        """Loads the model and makes its engine, or restores the newest checkpoint of the work directory.
+    def __init__(self, name: str, settings: ml_collections.ConfigDict, device: DeviceThread):
+        """Loads the model and makes its engine.
 
         Args:
-            settings: the run's configuration (`config.py`).
+            settings: the run's configuration as this model has it (`config_models.of_each`).
+            device: shared by all policies.
 
         Raises:
             InvalidConfigError: the model cannot be read, or does not fit the settings.
         """
         self._settings = settings
         self._dtype = _compute_dtype(settings.model.dtype)
-        self._checkpoint_dir = pathlib.Path(settings.workdir) / "checkpoints"
         self._mesh = None
         if settings.model.tensor_parallel > 1:
             self._mesh = mesh_lib.make_mesh(tensor=settings.model.tensor_parallel)
-        self.name = pathlib.Path(settings.model.path).name
+        self.name = name
         self.tokenizer = tokenizer_lib.load_tokenizer(settings.model.path)
         self.config, self._initial = weights.load_model(settings.model.path)
         self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
-        self.step = 0
-        self.restored: dict[str, Any] | None = None
         self._learner: learner_lib.Learner | None = None
         self._request_ids = itertools.count()
-        self._device = DeviceThread()
+        self._device = device
         self._engine = self._device.run(self._make_engine).result()
         self._device.add_engine(self._engine)
-        if checkpoint.latest(self._checkpoint_dir) is not None:
-            self.prepare_training()
 
     @property
     def version(self) -> int:
         return self._engine.version
-
-    @property
-    def error(self) -> BaseException | None:
-        """The exception that ended the device thread, if one did."""
-        return self._device.error
-
-    def close(self) -> None:
-        self._device.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling (any thread)
@@ -176,7 +164,7 @@ class Policy:
             ValueError: the prompt does not leave room for a token.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
-        future.request_id = str(next(self._request_ids))
+        future.request_id = f"{self.name}:{next(self._request_ids)}"
         request = engine_lib.Request(
             request_id=future.request_id,
             prompt_ids=list(prompt_ids),
@@ -223,50 +211,144 @@ class Policy:
         )
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Learning (one thread at a time)
+    # Learning (the device thread)
     # -----------------------------------------------------------------------------------------------------------------
 
-    def prepare_training(self) -> None:
-        """Makes the learner, from the newest checkpoint of the work directory if there is one."""
-        if self._learner is None:
-            self._device.run(self._make_learner).result()
+    @property
+    def state(self) -> TrainState | None:
+        """Weights and optimizer; None before `make_learner`. An update donates it: take a copy of what must last."""
+        return None if self._learner is None else self._learner.state
 
-    def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
-        """One update and its publication: the next request is sampled from the new weights.
+    def make_learner(self) -> None:
+        settings = _learner_settings(self._settings, self._dtype)
+        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh)
+        self._initial = None
+
+    def restore(self, path: pathlib.Path, item: str | None) -> dict[str, Any]:
+        """Takes weights and optimizer from a checkpoint; returns what was saved beside them.
+
+        Args:
+            item: this model's in a checkpoint of several; None in one of a single model.
+        """
+        self._learner.state, extra = checkpoint.restore(path, self._learner.abstract_state(), item=item)
+        return extra
+
+    def learn(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
+        """One update, as `Learner.update`; the engine goes on with the weights it has."""
+        return self._learner.update(rows, advantage_n)
+
+    def publish(self, version: int) -> float:
+        """Gives the engine the learner's weights: the next request is sampled from them. Returns the seconds taken."""
+        start = time.monotonic()
+        self._engine.publish(self._learner.state.params, version)
+        return time.monotonic() - start
+
+
+class Policies(Mapping[str, Policy]):
+    """The models of a run by name, the first one first. They learn in step, and are saved in one checkpoint.
+
+    Attributes:
+        checkpoint_dir: where `step-N` and `latest` are.
+        step: updates made so far, of every model.
+        restored: what was saved beside the newest checkpoint when these policies were restored from it; else None.
+    """
+
+    def __init__(self, settings: ml_collections.ConfigDict):
+        """Loads the models, or restores the newest checkpoint of the work directory.
+
+        Args:
+            settings: the run's configuration (`config.py`).
+
+        Raises:
+            InvalidConfigError: a model cannot be read, or does not fit the settings.
+        """
+        self.checkpoint_dir = pathlib.Path(settings.workdir) / "checkpoints"
+        self.step = 0
+        self.restored: dict[str, Any] | None = None
+        self._max_to_keep = settings.runtime.max_to_keep or None
+        self._device = DeviceThread()
+        self._policies: dict[str, Policy] = {}
+        try:
+            for name, own in config_models.of_each(settings).items():
+                self._policies[name] = Policy(name, own, self._device)
+            if checkpoint.latest(self.checkpoint_dir) is not None:
+                self.prepare_training()
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> Policy:
+        return self._policies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._policies)
+
+    def __len__(self) -> int:
+        return len(self._policies)
+
+    @property
+    def first(self) -> Policy:
+        """The one that is meant where none is named."""
+        return next(iter(self.values()))
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that ended the device thread, if one did."""
+        return self._device.error
+
+    def close(self) -> None:
+        self._device.close()
+
+    def checkpoint_item(self, name: str) -> str | None:
+        """A model's part in checkpoints: its name, or None where there is one model and a checkpoint is all its."""
+        return name if len(self) > 1 else None
+
+    # One thread at a time ---------------------------------------------------------------------------------------------
+
+    def prepare_training(self) -> None:
+        """Makes the learners, from the newest checkpoint of the work directory if there is one."""
+        if self.first.state is None:
+            self._device.run(self._make_learners).result()
+
+    def update(self, rows: Mapping[str, Sequence[Row]], advantage_n: np.ndarray) -> dict[str, dict[str, float]]:
+        """One update of each model and their publication: the next request is sampled from the new weights.
+
+        Args:
+            rows: by model; one without rows keeps its weights, under the new step's number.
+            advantage_n: [N] float32, by `Row.rollout_index`.
 
         Returns:
-            The learner's metrics, and "time/publish_s".
+            By model, the learner's metrics and "time/publish_s".
         """
         return self._device.run(self._update, rows, advantage_n).result()
 
     def save_checkpoint(self, extra: dict[str, Any]) -> None:
-        """Writes weights, optimizer and `extra` (JSON-ready) to disk as `checkpoints/step-N`."""
+        """Writes weights, optimizers and `extra` (JSON-ready) to disk as `step-N`, all models' or nothing."""
         self._device.run(self._save_checkpoint, extra).result()
 
     def checkpoints(self) -> list[pathlib.Path]:
         """The checkpoints that are kept, in step order."""
-        return checkpoint.all_steps(self._checkpoint_dir)
+        return checkpoint.all_steps(self.checkpoint_dir)
 
-    def _make_learner(self) -> None:
-        settings = _learner_settings(self._settings, self._dtype)
-        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh)
-        self._initial = None
-        newest = checkpoint.latest(self._checkpoint_dir)
+    def _make_learners(self) -> None:
+        newest = checkpoint.latest(self.checkpoint_dir)
+        for name, policy in self.items():
+            policy.make_learner()
+            if newest is not None:
+                self.restored = policy.restore(newest, self.checkpoint_item(name))
+                policy.publish(self.restored["step"])
         if newest is not None:
-            self._learner.state, self.restored = checkpoint.restore(newest, self._learner.abstract_state())
             self.step = self.restored["step"]
-            self._engine.publish(self._learner.state.params, self.step)
 
-    def _update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
-        metrics = self._learner.update(rows, advantage_n)
+    def _update(self, rows: Mapping[str, Sequence[Row]], advantage_n: np.ndarray) -> dict[str, dict[str, float]]:
+        metrics = {name: policy.learn(rows.get(name, ()), advantage_n) for name, policy in self.items()}
         self.step += 1
-        start = time.monotonic()
-        self._engine.publish(self._learner.state.params, self.step)
-        return metrics | {"time/publish_s": time.monotonic() - start}
+        return {name: metrics[name] | {"time/publish_s": policy.publish(self.step)} for name, policy in self.items()}
 
     def _save_checkpoint(self, extra: dict[str, Any]) -> None:
-        keep = self._settings.runtime.max_to_keep or None
-        checkpoint.save(self._checkpoint_dir, self.step, self._learner.state, extra, max_to_keep=keep)
+        states = {name: policy.state for name, policy in self.items()}
+        state = states if len(states) > 1 else self.first.state
+        checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
 
 
 def _compute_dtype(name: str) -> jnp.dtype:

@@ -5,6 +5,8 @@
 3. When every rollout has ended, its calls become rows and its reward an advantage within its group.
 4. The learner updates, the engine gets the new weights, and every so often a checkpoint and an evaluation follow.
 
+Several models learn from the same rollouts: a rollout's advantage counts for the calls that each of them had in it.
+
 A run that was killed goes on from its latest checkpoint: weights, optimizer, data position and history come from there,
 and whatever the store and the metrics hold of later steps is discarded first.
 """
@@ -24,10 +26,10 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import TrainingError
-from lightning_jax import data, metrics
-from lightning_jax.policy import Policy
-from lightning_jax.rl import advantages, trajectory
-from lightning_jax.store import RolloutEntry, RolloutRecord, Store
+from lightning_jax import data, metrics, rows
+from lightning_jax.policy import Policies
+from lightning_jax.rl import advantages
+from lightning_jax.store import CallRecord, RolloutEntry, RolloutRecord, Store
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class History:
 
 
 def run_job(
-    *, job_id: str, spec: dict, policy: Policy, store: Store, config: ml_collections.ConfigDict, stop: StopFlag
+    *, job_id: str, spec: dict, policies: Policies, store: Store, config: ml_collections.ConfigDict, stop: StopFlag
 ):
     """Runs a training or evaluation job to its end.
 
@@ -91,7 +93,7 @@ def run_job(
         job_id: the job in `store`; its events tell whoever follows how far it is.
         spec: kind ("train" or "evaluate"), data_id, and optionally epochs, batch_size (tasks per step), total_steps,
             eval_interval, metadata, rollout_timeout (seconds), max_attempts. What is missing comes from `config`.
-        policy: trained in place.
+        policies: trained in place.
         stop: asks it to end early; a training job then saves a checkpoint first unless it must end now.
 
     Returns:
@@ -101,33 +103,33 @@ def run_job(
         TrainingError: more than half of a step's rollouts failed; it carries the first one's traceback.
         Stopped: asked to end at once.
     """
-    run = _Run(job_id, spec, policy, store, config, stop)
+    run = _Run(job_id, spec, policies, store, config, stop)
     return run.train() if spec["kind"] == "train" else run.evaluate_only()
 
 
 class _Run:
     """One job: what its steps share."""
 
-    def __init__(self, job_id, spec, policy, store, config, stop):
-        self.job_id, self.spec, self.policy, self.store, self.config, self.stop = (
+    def __init__(self, job_id, spec, policies, store, config, stop):
+        self.job_id, self.spec, self.policies, self.store, self.config, self.stop = (
             job_id,
             spec,
-            policy,
+            policies,
             store,
             config,
             stop,
         )
         self.workdir = pathlib.Path(config.workdir)
         self.data_id = spec["data_id"]
-        self.history = History(start_step=policy.step)
+        self.history = History(start_step=policies.step)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
     # -----------------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        config, policy = self.config, self.policy
-        policy.prepare_training()
+        config, policies = self.config, self.policies
+        policies.prepare_training()
         tasks_per_step = self.spec.get("batch_size") or config.runtime.batch_size // config.algorithm.group_size
         epochs = self.spec.get("epochs") or config.runtime.epochs
         batches_per_epoch = data.num_batches(self.store.num_tasks(self.data_id, "train"), tasks_per_step, 1)
@@ -146,15 +148,15 @@ class _Run:
             self._resume(tasks, writer)
             clock = _Clock(self.history.time_s)
             first, last = self.history.start_step, self.history.start_step + total_steps
-            self.store.update_job(self.job_id, step=policy.step - first, total_steps=total_steps)
-            if policy.step and not self._has_checkpoint(policy.step):
-                self._checkpoint(policy.step, tasks)  # an earlier job's updates, which no checkpoint holds
-            if policy.step == first and not self.history.test_rewards:
-                row = self._evaluate(policy.step)
+            self.store.update_job(self.job_id, step=policies.step - first, total_steps=total_steps)
+            if policies.step and not self._has_checkpoint(policies.step):
+                self._checkpoint(policies.step, tasks)  # an earlier job's updates, which no checkpoint holds
+            if policies.step == first and not self.history.test_rewards:
+                row = self._evaluate(policies.step)
                 if row and first == 0:
                     writer.write(0, row)
-            while policy.step < last and not self.stop.after_step:
-                step = policy.step + 1
+            while policies.step < last and not self.stop.after_step:
+                step = policies.step + 1
                 row = self._step(step, next(tasks))
                 if self._is_due(step - first, self._eval_interval(), total_steps):
                     row |= self._evaluate(step)
@@ -165,19 +167,19 @@ class _Run:
                 self.store.add_event(self.job_id, "step", step, row)
                 if self._is_due(step - first, config.runtime.checkpoint_interval, total_steps):
                     self._checkpoint(step, tasks)
-            if self.stop.after_step and not self._has_checkpoint(policy.step):
-                self._checkpoint(policy.step, tasks)
+            if self.stop.after_step and not self._has_checkpoint(policies.step):
+                self._checkpoint(policies.step, tasks)
         return self._result()
 
     def _resume(self, tasks, writer) -> None:
         """Goes on behind the checkpoint that the policy was restored from, if this job made it; else from the start."""
-        saved = self.policy.restored
-        if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policy.step:
+        saved = self.policies.restored
+        if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policies.step:
             self.history = History(**saved["history"])
             tasks.set_state(saved["tasks"])
-            kept = self.policy.step
+            kept = self.policies.step
         else:
-            kept = self.policy.step if self.policy.step else -1
+            kept = self.policies.step if self.policies.step else -1
         self.store.discard_after(self.job_id, kept)
         writer.truncate_after(kept)
 
@@ -192,28 +194,34 @@ class _Run:
         trained_return_n = self._shuffled(return_n, step) if self.config.algorithm.shuffle_rewards else return_n
         advantage_n = advantages.grpo_advantages(trained_return_n, group_n)
         trained_n = advantages.trained_rollouts(trained_return_n, group_n)
-        rows = [
-            row for i, record in enumerate(records) if trained_n[i] for row in trajectory.build_rows(_calls(record), i)
-        ]
-        update = self.policy.update(rows, advantage_n)
+        several = len(self.policies) > 1
+        row_lists = {name: rows.build(records, trained_n, name if several else None) for name in self.policies}
+        updates = self.policies.update(row_lists, advantage_n)
 
         sample_s, train_s = sampled - start, time.monotonic() - sampled
         tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)
+        trained_tokens = sum(update["train/tokens"] for update in updates.values())
+        differences = [update.get("policy/sampler_learner_logprob_diff") for update in updates.values()]
         self.history.train_rewards.append(_mean(return_n))
         self.history.tokens += tokens
         self.history.sample_s += sample_s
-        self.history.logprob_diff = update.get("policy/sampler_learner_logprob_diff", self.history.logprob_diff)
-        return (
-            _rollout_metrics(records, return_n, group_n)
-            | update
-            | {
-                "time/sample_s": sample_s,
-                "time/train_s": train_s,
-                "sampler/tokens_per_s": tokens / sample_s,
-                "train/tokens_per_s": update["train/tokens"] / train_s,
-            }
-            | self.policy.sampler_metrics()
-        )
+        self.history.logprob_diff = max((d for d in differences if d is not None), default=self.history.logprob_diff)
+        row = _rollout_metrics(records, return_n, group_n)
+        for name, policy in self.policies.items():
+            row |= self._named(name, updates[name] | policy.sampler_metrics())
+            if several:
+                calls = [call for record in records for call in rows.calls_of(record, name)]
+                row |= self._named(name, _completion_metrics(calls))
+        return row | {
+            "time/sample_s": sample_s,
+            "time/train_s": train_s,
+            "sampler/tokens_per_s": tokens / sample_s,
+            "train/tokens_per_s": trained_tokens / train_s,
+        }
+
+    def _named(self, name: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics of a model under its name, where there are several models."""
+        return metrics if len(self.policies) == 1 else {f"{name}/{key}": value for key, value in metrics.items()}
 
     def _shuffled(self, return_n: np.ndarray, step: int) -> np.ndarray:
         """The rewards dealt out anew among the step's surviving rollouts: the control that must not learn."""
@@ -223,7 +231,7 @@ class _Run:
         return shuffled_n
 
     def _checkpoint(self, step: int, tasks) -> None:
-        self.policy.save_checkpoint(
+        self.policies.save_checkpoint(
             {
                 "job_id": self.job_id,
                 "step": step,
@@ -270,13 +278,13 @@ class _Run:
 
     def evaluate_only(self) -> dict[str, Any]:
         start = time.monotonic()
-        records = self._evaluation_records(self.policy.step)
+        records = self._evaluation_records(self.policies.step)
         if not records:
             raise TrainingError("the dataset has no test split to evaluate on", hint="upload one with test_file=")
         return {
             "rewards": {r.task_id: None if r.reward is None else _total_reward(r) for r in records},
             "total_time": time.monotonic() - start,
-            "step": self.policy.step,
+            "step": self.policies.step,
         } | {name.removeprefix("eval/"): value for name, value in _evaluation_metrics(records).items()}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -298,13 +306,13 @@ class _Run:
             entries=entries,
             timeout_s=self.spec.get("rollout_timeout") or self.config.agent.rollout_timeout_s,
             max_attempts=self.spec.get("max_attempts") or self.config.agent.max_attempts,
-            metadata=(self.spec.get("metadata") or {}) | {"policy_version": self.policy.version},
+            metadata=(self.spec.get("metadata") or {}) | {"policy_version": self.policies.first.version},
             seed=self.config.seed,
         )
         self.store.add_event(self.job_id, f"{mode}_started", step, {"rollouts": len(rollout_ids)})
         self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
-        if self.policy.error is not None:
-            raise TrainingError(f"the device failed: {self.policy.error}") from self.policy.error
+        if self.policies.error is not None:
+            raise TrainingError(f"the device failed: {self.policies.error}") from self.policies.error
         if self._is_abandoned():
             raise TrainingError(
                 f"no worker pool has asked for this job's rollouts for {_SILENCE_S:.0f} s",
@@ -329,7 +337,7 @@ class _Run:
 
     def _is_abandoned(self) -> bool:
         """Whether nobody will end the open rollouts: the device is gone, or the workers are."""
-        return self.policy.error is not None or self.store.silent_s(self.job_id) > _SILENCE_S
+        return self.policies.error is not None or self.store.silent_s(self.job_id) > _SILENCE_S
 
     def _result(self) -> dict[str, Any]:
         """The job's result, also written to `result.json`."""
@@ -341,12 +349,15 @@ class _Run:
             "train_rewards": history.train_rewards,
             "test_rewards": [reward for _, reward in tests],
             "test_steps": [int(step) for step, _ in tests],
-            "checkpoints": [str(path) for path in self.policy.checkpoints()],
-            "total_steps": self.policy.step - history.start_step,
+            "checkpoints": [str(path) for path in self.policies.checkpoints()],
+            "total_steps": self.policies.step - history.start_step,
             "total_time": history.time_s,
             "sampler_learner_logprob_diff": history.logprob_diff,
             "tokens_per_s": history.tokens / history.sample_s if history.sample_s else 0.0,
         }
+        if len(self.policies) > 1:
+            paths = self.policies.checkpoints()
+            result["model_checkpoints"] = {name: [str(path / name) for path in paths] for name in self.policies}
         partial = self.workdir / "result.json.partial"
         partial.write_text(json.dumps(result, indent=2) + "\n")
         os.replace(partial, self.workdir / "result.json")
@@ -361,22 +372,6 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
-
-
-def _calls(record: RolloutRecord) -> list[trajectory.TokenCall]:
-    return [
-        trajectory.TokenCall(
-            call_id=call.index,
-            parent=call.parent,
-            prompt_ids=call.prompt_ids,
-            sampled_ids=call.sampled_ids,
-            logprobs=call.logprobs,
-            temperature=call.temperature,
-            policy_version=call.policy_version,
-            reward=call.reward,
-        )
-        for call in record.calls
-    ]
 
 
 def _total_reward(record: RolloutRecord) -> float:
@@ -394,8 +389,6 @@ def _rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n
     finite_n = return_n[np.isfinite(return_n)].astype(np.float64)
     groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
     flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
-    lengths = [len(call.sampled_ids) for record in records for call in record.calls]
-    truncated = [call.finish_reason == "length" for record in records for call in record.calls]
     causes = collections.Counter(record.cause for record in records if record.status == "failed")
     return {
         "reward/mean": _mean(return_n),
@@ -403,11 +396,20 @@ def _rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n
         "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
         "rollout/count": len(records),
         "rollout/failed": sum(causes.values()),
+        **_completion_metrics([call for record in records for call in record.calls]),
+        **{f"rollout/failed_{cause}": count for cause, count in causes.items()},
+    }
+
+
+def _completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
+    lengths = [len(call.sampled_ids) for call in calls]
+    truncated = [call.finish_reason == "length" for call in calls]
+    return {
         "rollout/calls": len(lengths),
         "completion/mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
         "completion/max_tokens": max(lengths, default=0),
         "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,
-    } | {f"rollout/failed_{cause}": count for cause, count in causes.items()}
+    }
 
 
 def _evaluation_metrics(records: list[RolloutRecord]) -> dict[str, float]:

@@ -17,6 +17,7 @@ FLOORS = {
     "lightning_jax": 0,  # __init__.py: it must stay empty of imports
     "lightning_jax.metrics": 1,
     "lightning_jax.text": 1,
+    "lightning_jax.config_models": 1,  # config's part about several models
     "lightning_jax.config": 2,
     "lightning_jax.store": 2,
     "lightning_jax.command_line": 3,  # of config's floor, but built on it
@@ -26,6 +27,7 @@ FLOORS = {
     "lightning_jax.sampler": 5,
     "lightning_jax.rl": 5,
     "lightning_jax.policy": 6,
+    "lightning_jax.rows": 6,
     "lightning_jax.training": 7,
     "lightning_jax.server": 8,
     "lightning_jax.main": 9,

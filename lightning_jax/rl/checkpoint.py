@@ -9,12 +9,15 @@ symlink `latest` is swapped. A process killed at any moment, or a disk that fill
                         extra       JSON: data position, seed, history, whatever the loop needs to go on
     checkpoints/latest -> step-20
     checkpoints/best   -> step-10       of the newest job, by held-out reward; not there without held-out tasks
+
+Where several models are trained together, `step-20` holds a folder for each, by name, with these three in it.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,19 @@ _TEMPORARY = "tmp."
 
 
 def save(
-    folder: str | os.PathLike, step: int, state: TrainState, extra: dict[str, Any], *, max_to_keep: int | None = None
+    folder: str | os.PathLike,
+    step: int,
+    state: TrainState | Mapping[str, TrainState],
+    extra: dict[str, Any],
+    *,
+    max_to_keep: int | None = None,
 ) -> Path:
     """Writes `folder/step-N`, makes it the latest, and then removes the oldest ones. One writer per folder.
 
     Args:
         folder: made if it is not there.
         step: N, of the training loop; an existing checkpoint of this step is replaced.
-        state: the learner's.
+        state: the learner's; or several models' by name, which are saved together or not at all.
         extra: anything JSON.
         max_to_keep: how many checkpoints to leave, this one included and `best` not counted; None for all. The disk
             needs room for one more.
@@ -46,16 +54,14 @@ def save(
     """
     folder = Path(folder).absolute()
     final, temporary = folder / f"step-{step}", folder / f"{_TEMPORARY}step-{step}"
-    items = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
-        extra=ocp.args.JsonSave(json.loads(json.dumps(extra))),  # fails here, not halfway, on what JSON cannot hold
-    )
+    states = state if isinstance(state, Mapping) else {"": state}
+    extra = json.loads(json.dumps(extra))  # fails here, not halfway, on what JSON cannot hold
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_temporaries(folder)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(temporary, args=items)
+            for item, state in states.items():
+                checkpointer.save(temporary / item, args=_saved(state, extra))
         if jax.process_index() == 0:
             _put_in_place(temporary, final)
             _point("latest", final)
@@ -102,7 +108,11 @@ def resolve(folder: str | os.PathLike, name: str) -> Path:
     """
     folder = Path(folder).absolute()
     path = Path(name)
-    if path.is_absolute() and (path / "params").is_dir() and path.resolve().parent != folder.resolve():
+    if (
+        path.is_absolute()
+        and [*path.glob("params"), *path.glob("*/params")]
+        and path.resolve().parent != folder.resolve()
+    ):
         raise InvalidConfigError(
             f"checkpoint {name} is not of this run, which keeps its own in {folder}",
             hint="start a server in that run's work directory",
@@ -132,13 +142,16 @@ def all_steps(folder: str | os.PathLike) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)), key=_step)
 
 
-def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def restore(
+    path: str | os.PathLike, abstract_state: TrainState, *, item: str | None = None
+) -> tuple[TrainState, dict[str, Any]]:
     """Reads a checkpoint.
 
     Args:
         path: `step-N`, `latest`, or the folder that holds them.
         abstract_state: of `jax.ShapeDtypeStruct`, as `Learner.abstract_state` gives; its shardings may be another
             mesh's than the one the checkpoint was written on.
+        item: the model's name in a checkpoint of several; None in one of a single model.
 
     Returns:
         The state, to the bit as it was saved, and `extra`.
@@ -146,7 +159,7 @@ def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainS
     Raises:
         InvalidConfigError: there is no checkpoint, or it is another model's or optimizer's.
     """
-    found = _find(path)
+    found = _find(path, item)
     _check_shapes(found, abstract_state.params)
     items = _restore(
         found,
@@ -157,25 +170,40 @@ def restore(path: str | os.PathLike, abstract_state: TrainState) -> tuple[TrainS
     return TrainState(params=items.params, **items.optimizer), items.extra
 
 
-def restore_params(path: str | os.PathLike, abstract_params: Any) -> Any:
+def restore_params(path: str | os.PathLike, abstract_params: Any, *, item: str | None = None) -> Any:
     """Reads the parameters alone, in the dtypes and shardings of a tree of `jax.ShapeDtypeStruct`; see `restore`."""
-    found = _find(path)
+    found = _find(path, item)
     _check_shapes(found, abstract_params)
     return _restore(found, params=ocp.args.StandardRestore(abstract_params)).params
 
 
-def read_extra(path: str | os.PathLike) -> dict[str, Any]:
+def read_extra(path: str | os.PathLike, *, item: str | None = None) -> dict[str, Any]:
     """Reads `extra` alone; see `restore`."""
-    return _restore(_find(path), extra=ocp.args.JsonRestore()).extra
+    return _restore(_find(path, item), extra=ocp.args.JsonRestore()).extra
 
 
-def _find(path: str | os.PathLike) -> Path:
-    """The checkpoint that a path names: itself, the one it links to, or the newest in that folder."""
+def _saved(state: TrainState, extra: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+        extra=ocp.args.JsonSave(extra),
+    )
+
+
+def _find(path: str | os.PathLike, item: str | None = None) -> Path:
+    """The checkpoint, or its part, that a path names: itself, the one it links to, or the newest in that folder."""
     path = Path(path).absolute()
     found = path.resolve() if _STEP.fullmatch(path.resolve().name) and path.is_dir() else latest(path)
     if found is None:
         raise InvalidConfigError(f"there is no checkpoint at {path}", hint="give a step-N folder or the one above it")
-    return found
+    part = found / item if item else found
+    if not (part / "params").is_dir():
+        models = sorted(folder.parent.name for folder in found.glob("*/params"))
+        raise InvalidConfigError(
+            f"checkpoint {found} holds {f'no model {item!r}' if item else 'no parameters of a single model'}",
+            hint=f"it holds the models {', '.join(models)}" if models else "it was made with a single model",
+        )
+    return part
 
 
 def _check_shapes(found: Path, abstract_params: Any) -> None:

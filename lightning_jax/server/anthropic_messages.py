@@ -10,8 +10,8 @@ from fastapi import Request, Response
 
 from lightning_jax.server import wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
-from lightning_jax.server.generate import Generator
 from lightning_jax.server.generation import Generation
+from lightning_jax.server.roles import Generators
 
 # As in openai_chat: fields that would change the result, with the values at which they change nothing.
 _UNSUPPORTED = {
@@ -63,9 +63,10 @@ class CountRequest(MessagesRequest):
 
 async def messages(request: Request) -> Response:
     """POST .../messages"""
-    generator: Generator = request.app.state.generator
-    attempt = generator.attempt(request.path_params.get("token"))
+    generators: Generators = request.app.state.generators
+    attempt = generators.attempt(request.path_params.get("token"))
     body = wire.parse(MessagesRequest, await wire.body_of(request))
+    generator = generators.choose(request.path_params, body.model)
     generation = await generator.start(_request(body), attempt)
     envelope = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
     envelope["model"] = body.model or generator.policy.name
@@ -77,9 +78,10 @@ async def messages(request: Request) -> Response:
 
 async def count_tokens(request: Request) -> Response:
     """POST .../messages/count_tokens"""
-    generator: Generator = request.app.state.generator
-    attempt = generator.attempt(request.path_params.get("token"))
+    generators: Generators = request.app.state.generators
+    attempt = generators.attempt(request.path_params.get("token"))
     body = wire.parse(CountRequest, await wire.body_of(request))
+    generator = generators.choose(request.path_params, body.model)
     return wire.json_response({"input_tokens": generator.count_tokens(_request(body), attempt)})
 
 

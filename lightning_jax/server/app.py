@@ -12,11 +12,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies, Policy
 from lightning_jax.server import anthropic_messages, control, openai_chat, openai_shared, wire
 from lightning_jax.server.auth import RequireKey
 from lightning_jax.server.contract import ApiError, ClientGone
-from lightning_jax.server.generate import Generator
+from lightning_jax.server.roles import Generators
 from lightning_jax.store import Store
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ _BACKLOG = 2048
 _CLOSED_REQUEST = 499  # as nginx has it; nobody reads it
 
 # The SDKs differ in what they append to a base URL.
-_PREFIXES = [base + version for base in ("/rollout/{token}", "") for version in ("/v1", "", "/v1/v1")]
+_BASES = ("/rollout/{token}", "/rollout/{token}/model/{role}", "")
+_PREFIXES = [base + version for base in _BASES for version in ("/v1", "", "/v1/v1")]
 _DIALECTS = {
     "/chat/completions": (openai_chat.chat_completions, openai_shared.error_response),
     "/messages": (anthropic_messages.messages, anthropic_messages.error_response),
@@ -36,12 +37,13 @@ _UNSERVED = ("/responses", "/completions")  # OpenAI's other dialects
 
 
 def create_app(
-    *, config: ml_collections.ConfigDict, policy: Policy, store: Store, jobs: control.JobRunner | None = None
+    *, config: ml_collections.ConfigDict, policies: Policies, store: Store, jobs: control.JobRunner | None = None
 ) -> FastAPI:
     """The server's app.
 
     Args:
         config: the program's configuration; `server` and `sampler` are read.
+        policies: the models to serve.
         jobs: runs jobs for clients; None where the program runs one job of its own.
     """
 
@@ -52,8 +54,8 @@ def create_app(
         app.state.pulse.close()
 
     app = FastAPI(title="Lightning JAX", lifespan=lifespan)
-    app.state.store, app.state.jobs = store, jobs
-    app.state.generator = Generator(policy, store, config.sampler)
+    app.state.store, app.state.jobs, app.state.policies = store, jobs, policies
+    app.state.generators = Generators(policies, store, config.sampler)
     app.state.closing = lambda: False
     # Plain routes: with FastAPI's own, the shim alone served 1,300 instead of 1,800 calls a second on two cores.
     for path, (endpoint, _) in _DIALECTS.items():
@@ -77,10 +79,10 @@ def create_app(
 
 async def _health(request: Request) -> Response:
     """Answers as soon as requests are served, with no key; 503 once a thread that everything needs has ended."""
-    policy: Policy = request.app.state.generator.policy
+    policies: Policies = request.app.state.policies
     jobs: control.JobRunner | None = request.app.state.jobs
-    content = {"status": "ok", "model": policy.name, "policy_version": policy.version}
-    failures = {"the device": policy.error, "the jobs' thread": jobs and jobs.error}
+    content = {"status": "ok", "model": policies.first.name, "policy_version": policies.first.version}
+    failures = {"the device": policies.error, "the jobs' thread": jobs and jobs.error}
     if failed := [f"{name} failed: {error}" for name, error in failures.items() if error is not None]:
         return wire.json_response(content | {"status": "failing", "error": "; ".join(failed)}, 503)
     return wire.json_response(content)
@@ -92,11 +94,19 @@ async def _unserved_dialect(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    """The one model, in a form that both OpenAI's and Anthropic's SDK read."""
-    generator: Generator = request.app.state.generator
-    generator.attempt(request.path_params.get("token"))
-    policy = generator.policy
-    model = {
+    """The models, or the one of the URL's role, in a form that both OpenAI's and Anthropic's SDK read."""
+    generators: Generators = request.app.state.generators
+    generators.attempt(request.path_params.get("token"))
+    policies = list(request.app.state.policies.values())
+    if "role" in request.path_params:
+        policies = [generators.choose(request.path_params).policy]
+    models = [_model(policy) for policy in policies]
+    ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]}
+    return wire.json_response({"object": "list", "data": models, "has_more": False} | ends)
+
+
+def _model(policy: Policy) -> dict:
+    return {
         "id": policy.name,
         "object": "model",
         "created": 0,
@@ -106,9 +116,6 @@ async def _models(request: Request) -> Response:
         "display_name": policy.name,
         "created_at": "1970-01-01T00:00:00Z",
     }
-    return wire.json_response(
-        {"object": "list", "data": [model], "has_more": False, "first_id": policy.name, "last_id": policy.name}
-    )
 
 
 def _dialect_error(request: Request):

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, DataUploadError, InvalidConfigError
 from lightning_jax import training
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies
 from lightning_jax.server import wire
 from lightning_jax.store import ENDED_JOB, DataError, Store, StoreError, UnknownError, is_idle
 
@@ -43,13 +43,13 @@ class JobRunner:
 
     def __init__(
         self,
-        policy: Policy,
+        policies: Policies,
         store: Store,
         config: ml_collections.ConfigDict,
         *,
         resume: Callable[[str], bool] = lambda job_id: True,
     ):
-        self._policy, self._store, self._config = policy, store, config
+        self._policies, self._store, self._config = policies, store, config
         self.error: BaseException | None = None
         self._changed = threading.Condition()
         unfinished = [job["job_id"] for job in store.jobs() if job["status"] not in ENDED_JOB]
@@ -135,7 +135,7 @@ class JobRunner:
             result = training.run_job(
                 job_id=job_id,
                 spec=self._store.job(job_id)["spec"],
-                policy=self._policy,
+                policies=self._policies,
                 store=self._store,
                 config=self._config,
                 stop=stop,
@@ -334,10 +334,11 @@ async def exchange(request: Request, job_id: str, body: ExchangeBody) -> Respons
         return not is_idle(reply) or reply["job_status"] in ENDED_JOB
 
     await _until(request, body.wait_s if body.want and not body.results else 0.0, told)
-    policy: Policy = request.app.state.generator.policy
+    policies: Policies = request.app.state.policies
     for lease in reply["leases"]:
-        lease["model_name"] = policy.name
-        lease["metadata"]["policy_version"] = policy.version
+        lease["model_name"] = policies.first.name
+        lease["model_names"] = list(policies)
+        lease["metadata"]["policy_version"] = policies.first.version
     return wire.json_response(reply)
 
 

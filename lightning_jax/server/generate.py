@@ -5,6 +5,7 @@ JSON, and knows no more.
 """
 
 import array
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from lightning_jax.policy import Policy
 from lightning_jax.sampler.request import Grammar, SamplingParams, noise_key
 from lightning_jax.server.contract import ApiError, GenerateRequest
 from lightning_jax.server.generation import Generation, Prepared
-from lightning_jax.store import Attempt, Store
+from lightning_jax.store import Attempt, CallRecord, Store
 from lightning_jax.text import chat, guided, tools
 
 _log = logging.getLogger(__name__)
@@ -43,20 +44,18 @@ class Generator:
 
     def __init__(self, policy: Policy, store: Store, sampler_config: ml_collections.ConfigDict):
         self.policy = policy
+        self._role = "1"
         self._store = store
         self._config = sampler_config
         self._family = tools.family_of(policy.tokenizer)
         self._guide = guided.Guide(policy.tokenizer)
         self._override_logged: set[str] = set()
 
-    def attempt(self, token: str | None) -> Attempt | None:
-        """The attempt a rollout URL belongs to; None for the server's root. Raises ApiError (401)."""
-        if token is None:
-            return None
-        attempt = self._store.attempt_by_token(token)
-        if attempt is None:
-            raise ApiError("this rollout URL is unknown, or its attempt has ended", status=401, kind="authentication")
-        return attempt
+    def in_role(self, role: str) -> "Generator":
+        """This generator, which records its calls under `role`."""
+        other = copy.copy(self)
+        other._role = role
+        return other
 
     async def start(self, request: GenerateRequest, attempt: Attempt | None) -> Generation:
         """Begins to sample `request.n` replies; the caller takes them, or closes the generation.
@@ -68,20 +67,24 @@ class Generator:
             ApiError: the request cannot be served.
         """
         grammar = await self._grammar(request)
-        messages, prompt = self._prompt(request, attempt)
+        earlier = self._earlier(attempt)
+        messages, prompt = self._prompt(request, earlier)
         room = self.policy.max_seq_len - len(prompt.ids)
         if room < 1:
             text = f"the prompt has {len(prompt.ids)} tokens, which fills the context of {self.policy.max_seq_len}"
             raise ApiError(text, kind="context_length", param="messages")
-        digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16).digest()
+        # One prompt in two roles is two prompts, or which call came first would decide about their noise.
+        key = b"" if self._role == "1" else self._role.encode()
+        digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16, key=key).digest()
         taken = attempt.prompts.setdefault(digest, set()) if attempt else set()
         occurrence = next(number for number in itertools.count() if number not in taken)
         name = (*self._noise_name(request, attempt), digest.hex(), occurrence)
         sampling = self._sampling(request, attempt, room, grammar)
         samplings = [dataclasses.replace(sampling, noise_key=noise_key(*name, i)) for i in range(request.n)]
         indices = [self._store.next_call_index(attempt) if attempt else 0 for _ in range(request.n)]
-        parent = None if prompt.parent is None else attempt.calls[prompt.parent].index
-        prepared = Prepared(messages, prompt.ids, parent, samplings, indices, [f"{name}:{i}" for i in range(request.n)])
+        parent = None if prompt.parent is None else earlier[prompt.parent].index
+        names = [f"{name}:{i}" for i in range(request.n)]
+        prepared = Prepared(messages, prompt.ids, parent, samplings, indices, names, self._role)
         taken.add(occurrence)
 
         def forget() -> None:  # a refused call that is sent again is the same call
@@ -93,12 +96,16 @@ class Generator:
 
     def count_tokens(self, request: GenerateRequest, attempt: Attempt | None) -> int:
         """How many tokens the request's prompt has. Raises ApiError."""
-        return len(self._prompt(request, attempt)[1].ids)
+        return len(self._prompt(request, self._earlier(attempt))[1].ids)
 
     # ---- the prompt and the sampling parameters ----
 
-    def _prompt(self, request: GenerateRequest, attempt: Attempt | None) -> tuple[list[dict], chat.Prompt]:
-        tokenizer, earlier = self.policy.tokenizer, tuple(attempt.calls) if attempt else ()
+    def _earlier(self, attempt: Attempt | None) -> list[CallRecord]:
+        """The attempt's calls that a prompt may extend: other models' ids are another tokenizer's."""
+        return [call for call in attempt.calls if call.model == self.policy.name] if attempt else []
+
+    def _prompt(self, request: GenerateRequest, earlier: list[CallRecord]) -> tuple[list[dict], chat.Prompt]:
+        tokenizer = self.policy.tokenizer
         try:
             messages = chat.canonical_messages(request.messages)
             if request.continue_final:

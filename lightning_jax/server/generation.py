@@ -37,6 +37,7 @@ class Prepared:
         sampling, indices, names: of each sample: its parameters, its number among the attempt's calls, and what its
             tool calls' ids are made of. Named like the noise, the same sample has the same ids, which some templates
             put into the next prompt.
+        role: what the model is asked as.
     """
 
     messages: list[dict]
@@ -45,6 +46,7 @@ class Prepared:
     sampling: list[SamplingParams]
     indices: list[int]
     names: list[str]
+    role: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -307,6 +309,8 @@ class Generation:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             index=prepared.indices[i],
+            model=self._policy.name,
+            role=prepared.role,
             messages=tuple(messages),
             tools=request.tools,
             reply=reply,

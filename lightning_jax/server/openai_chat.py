@@ -8,8 +8,8 @@ from fastapi import Request, Response
 
 from lightning_jax.server import openai_shared, wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
-from lightning_jax.server.generate import Generator
 from lightning_jax.server.generation import Generation
+from lightning_jax.server.roles import Generators
 from lightning_jax.text.tokenizer import Tokenizer
 
 _UNSUPPORTED = openai_shared.UNSUPPORTED | {
@@ -42,10 +42,11 @@ class ChatRequest(openai_shared.SamplingBody):
 
 async def chat_completions(request: Request) -> Response:
     """POST .../chat/completions"""
-    generator: Generator = request.app.state.generator
-    attempt = generator.attempt(request.path_params.get("token"))
+    generators: Generators = request.app.state.generators
+    attempt = generators.attempt(request.path_params.get("token"))
     body = wire.parse(ChatRequest, await wire.body_of(request))
     wire.refuse(body, _UNSUPPORTED)
+    generator = generators.choose(request.path_params, body.model)
     generation = await generator.start(_request(body), attempt)
     model = body.model or generator.policy.name
     if body.stream:

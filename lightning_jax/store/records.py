@@ -71,6 +71,9 @@ class CallRecord:
         temperature, top_p, top_k: the sampling parameters in force.
         policy_version: version of the weights when sampling began.
         finish_reason: "stop", "length" or "cancelled".
+        model: name of the policy that sampled.
+        role: what the model was asked as: its name where there are several; else what the agent's URL said, "1" by
+            default.
         reward: what this call alone earned; the agent's return is the rollout's, not the call's.
         messages, tools, reply: the canonical request and the assistant message returned for it.
         request: whatever else the dialect wants kept (its name, stop strings, tool choice).
@@ -87,6 +90,8 @@ class CallRecord:
     top_p: float = 1.0
     top_k: int = 0
     index: int = 0
+    model: str = ""
+    role: str = "1"
     messages: Sequence[dict] = ()
     tools: Sequence[dict] | None = None
     reply: dict = dataclasses.field(default_factory=dict)

@@ -223,7 +223,8 @@ class Rollouts:
         if attempt.ended:
             return False
         attempt.calls.append(call)
-        content = {"messages": call.messages, "tools": call.tools, "reply": call.reply, "request": call.request}
+        kept = ("model", "role", "messages", "tools", "reply", "request")
+        content = {name: getattr(call, name) for name in kept}
         row = (
             attempt.attempt_id,
             call.index,

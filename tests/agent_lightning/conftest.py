@@ -32,24 +32,24 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def policy(settings):
-    from lightning_jax.policy import Policy
+def policies(settings):
+    from lightning_jax.policy import Policies
 
-    policy = Policy(settings)
-    yield policy
-    policy.close()
+    policies = Policies(settings)
+    yield policies
+    policies.close()
 
 
 class Served:
     """The server's control plane, without a job runner: the tests open rollouts and end jobs themselves."""
 
-    def __init__(self, path: Path, settings, policy):
+    def __init__(self, path: Path, settings, policies):
         from lightning_jax.server import RunningServer, bind, create_app
         from lightning_jax.store import Store
 
         self.store = Store(path / "store.sqlite3")
         self._start = lambda port: RunningServer(
-            create_app(config=settings, policy=policy, store=self.store), bind("127.0.0.1", port)
+            create_app(config=settings, policies=policies, store=self.store), bind("127.0.0.1", port)
         )
         self._running = self._start(0)
         self.url = self._running.url
@@ -116,8 +116,8 @@ class Ending:
 
 
 @pytest.fixture
-def served(tmp_path, settings, policy):
-    served = Served(tmp_path, settings, policy)
+def served(tmp_path, settings, policies):
+    served = Served(tmp_path, settings, policies)
     yield served
     served.close()
 

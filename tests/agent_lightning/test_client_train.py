@@ -19,7 +19,7 @@ TASKS = "".join(json.dumps({"question": f"{i}+1=?", "ground_truth": str(i + 1)})
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory, settings, policy):
+def training(tmp_path_factory, settings, policies):
     """A server that runs jobs: (its URL, its store)."""
     from lightning_jax.server import RunningServer, bind, create_app
     from lightning_jax.server.control import JobRunner
@@ -27,8 +27,8 @@ def training(tmp_path_factory, settings, policy):
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(Store(tmp_path_factory.mktemp("store") / "store.sqlite3")))
-        jobs = stack.enter_context(contextlib.closing(JobRunner(policy, store, settings)))
-        app = create_app(config=settings, policy=policy, store=store, jobs=jobs)
+        jobs = stack.enter_context(contextlib.closing(JobRunner(policies, store, settings)))
+        app = create_app(config=settings, policies=policies, store=store, jobs=jobs)
         server = RunningServer(app, bind("127.0.0.1", 0))
         stack.callback(server.stop)
         yield server.url, store

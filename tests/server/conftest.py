@@ -14,7 +14,7 @@ from lightning_jax import config as config_lib
 from lightning_jax import server
 from lightning_jax.model import attention, export, llama
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies, Policy
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import RolloutEntry, Store
 from lightning_jax.text.tokenizer import load_tokenizer
@@ -108,9 +108,14 @@ class Running:
 
     url: str
     store: Store
-    policy: Policy
+    policies: Policies
     config: ml_collections.ConfigDict
     http: httpx.Client
+
+    @property
+    def policy(self) -> Policy:
+        """The model, or the first of several."""
+        return self.policies.first
 
     def open(self, *, mode="train", samples=1, step=1, seed=3, job=None, task=None):
         """Opens rollouts of one task and leases them; returns (job id, leases in order, rollout ids)."""
@@ -159,21 +164,21 @@ def start(tmp_path_factory):
     def start(model, jobs=False, **overrides) -> Running:
         workdir = tmp_path_factory.mktemp("work")
         config = settings(model, workdir, **overrides)
-        policy = Policy(config)
+        policies = Policies(config)
         store = Store(workdir / "store.sqlite3")
-        runner = JobRunner(policy, store, config) if jobs else None
-        app = server.create_app(config=config, policy=policy, store=store, jobs=runner)
+        runner = JobRunner(policies, store, config) if jobs else None
+        app = server.create_app(config=config, policies=policies, store=store, jobs=runner)
         running = server.RunningServer(app, server.bind("127.0.0.1", 0))
-        started.append((running, runner, store, policy))
-        return Running(running.url, store, policy, config, httpx.Client(base_url=running.url, timeout=60))
+        started.append((running, runner, store, policies))
+        return Running(running.url, store, policies, config, httpx.Client(base_url=running.url, timeout=60))
 
     yield start
-    for running, runner, store, policy in started:
+    for running, runner, store, policies in started:
         running.stop()
         if runner is not None:
             runner.close()
         store.close()
-        policy.close()
+        policies.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from agent_lightning.client import Client
 from agent_lightning.exceptions import DataUploadError, InvalidConfigError, ServerConnectionError, TrainingError
 from lightning_jax import server
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import Store
 
@@ -250,21 +250,21 @@ def test_an_unfinished_job_goes_on_after_a_restart(random_model, tmp_path, datas
     port = 0
 
     def started():
-        policy = Policy(config)
+        policies = Policies(config)
         store = Store(tmp_path / "work" / "store.sqlite3")
-        runner = JobRunner(policy, store, config)
-        app = server.create_app(config=config, policy=policy, store=store, jobs=runner)
-        return policy, store, runner, server.RunningServer(app, server.bind("127.0.0.1", port))
+        runner = JobRunner(policies, store, config)
+        app = server.create_app(config=config, policies=policies, store=store, jobs=runner)
+        return policies, store, runner, server.RunningServer(app, server.bind("127.0.0.1", port))
 
     def stopped():
         running.stop()
         runner.close()
         status = store.jobs()[0]["status"]
         store.close()
-        policy.close()
+        policies.close()
         return status
 
-    policy, store, runner, running = started()
+    policies, store, runner, running = started()
     port = int(running.url.rpartition(":")[2])
     client = Client(running.url, max_retries=10)
     client.upload_data(dataset)
@@ -273,8 +273,8 @@ def test_an_unfinished_job_goes_on_after_a_restart(random_model, tmp_path, datas
     trainer.start()
     wait_for(lambda: any(job["step"] >= 2 for job in store.jobs()), 120)
     assert stopped() == "running", "it was in the middle"
-    policy, store, runner, running = started()
-    assert policy.step >= 2, "from the checkpoint"
+    policies, store, runner, running = started()
+    assert policies.step >= 2, "from the checkpoint"
     trainer.join(120)
     assert results and results[0].total_steps == 16
     assert [job["status"] for job in store.jobs()] == ["succeeded"]

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from lightning_jax import server
-from lightning_jax.policy import Policy
+from lightning_jax.policy import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import CallRecord, Store, StoreError
 
@@ -44,7 +44,7 @@ def store(config):
 @pytest.fixture
 def runner(serving, store, config):
     """A runner that has no work yet."""
-    runner = JobRunner(serving.policy, store, config)
+    runner = JobRunner(serving.policies, store, config)
     yield runner
     runner.close()
 
@@ -90,23 +90,23 @@ class Pool:
 
 def test_an_unfinished_job_waits_for_its_turn_and_then_goes_on(config, store):
     """A killed training run's folder is evaluated in between: the evaluation runs at once, the run loses nothing."""
-    policy = Policy(config)
-    runner = JobRunner(policy, store, config)
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
     runner.submit({"kind": "train", "data_id": "d", "epochs": 100, "batch_size": 2}, "train")
     with Pool(store, "train"):
         wait_for(lambda: store.job("train")["step"] >= 2)
         runner.close()
-    policy.close()
+    policies.close()
     assert status(store, "train") == "running", "it was in the middle"
 
-    policy = Policy(config)
-    before, events = policy.step, store.events("train")
+    policies = Policies(config)
+    before, events = policies.step, store.events("train")
     assert before >= 2, "from the checkpoint"
-    runner = JobRunner(policy, store, config, resume=lambda job_id: job_id != "train")
+    runner = JobRunner(policies, store, config, resume=lambda job_id: job_id != "train")
     runner.submit(EVALUATE, "evaluate")
     with Pool(store, "evaluate"):
         wait_for(lambda: status(store, "evaluate") == "succeeded")
-    assert status(store, "train") == "running" and policy.step == before, "nobody asked for it"
+    assert status(store, "train") == "running" and policies.step == before, "nobody asked for it"
     assert store.events("train") == events
 
     spec = {"kind": "train", "data_id": "d", "total_steps": before + 2, "batch_size": 2}
@@ -114,7 +114,7 @@ def test_an_unfinished_job_waits_for_its_turn_and_then_goes_on(config, store):
     with Pool(store, "train"):
         wait_for(lambda: status(store, "train") == "succeeded")
     runner.close()
-    policy.close()
+    policies.close()
     job = store.job("train")
     assert job["spec"] == spec and job["result"]["total_steps"] == before + 2
     assert len(job["result"]["train_rewards"]) == before + 2, "with what it had done before"
@@ -125,12 +125,12 @@ def test_an_unfinished_job_waits_for_its_turn_and_then_goes_on(config, store):
 def test_unfinished_jobs_come_first_unless_told_otherwise(serving, store, config):
     for job_id in ("one", "two"):
         store.create_job(EVALUATE, job_id)
-    runner = JobRunner(serving.policy, store, config)
+    runner = JobRunner(serving.policies, store, config)
     runner.submit(EVALUATE, "three")
     wait_for(lambda: status(store, "one") == "running")
     assert [status(store, job_id) for job_id in ("two", "three")] == ["queued", "queued"]
     runner.close()
-    runner = JobRunner(serving.policy, store, config, resume=lambda job_id: job_id == "two")
+    runner = JobRunner(serving.policies, store, config, resume=lambda job_id: job_id == "two")
     wait_for(lambda: status(store, "two") == "running")
     runner.stop("two", now=True)
     wait_for(lambda: status(store, "two") == "stopped")
@@ -156,7 +156,7 @@ def test_a_failed_job_is_logged_with_a_traceback_only_where_that_says_more(runne
 
 
 def test_a_store_that_cannot_be_written_ends_the_jobs_and_is_said(serving, runner, store, config, caplog):
-    app = server.create_app(config=config, policy=serving.policy, store=store, jobs=runner)
+    app = server.create_app(config=config, policies=serving.policies, store=store, jobs=runner)
     running = server.RunningServer(app, server.bind("127.0.0.1", 0))
     try:
         runner.submit(EVALUATE, "first")
@@ -198,9 +198,9 @@ class BrokenEngine:
 def test_health_says_that_the_device_failed(start, random_model):
     running = start(random_model)
     assert running.http.get("/health").status_code == 200
-    running.policy._device.add_engine(BrokenEngine())
-    running.policy._device.wake()
-    wait_for(lambda: running.policy.error is not None)
+    running.policies._device.add_engine(BrokenEngine())
+    running.policies._device.wake()
+    wait_for(lambda: running.policies.error is not None)
     reply = running.http.get("/health")
     assert reply.status_code == 503
     assert reply.json() | {"error": ""} == {

@@ -45,11 +45,11 @@ def test_the_next_request_is_sampled_from_the_published_weights(start, plain_mod
     """The prompt is longer than two pages: those cached under the old weights must not serve it again."""
     running = start(plain_model, **SMALL)
     policy = running.policy
-    policy.prepare_training()
+    running.policies.prepare_training()
 
     def agrees_with_the_learner():
         prompt, sampled, logprobs = ask(running, temperature=0)
-        params = jax.tree.map(np.array, policy._learner.state.params)
+        params = jax.tree.map(np.array, policy.state.params)
         logprob_tv = full_logprobs(policy.config, params, [*prompt, *sampled])[len(prompt) - 1 : -1]
         assert sampled == logprob_tv.argmax(-1).tolist()
         np.testing.assert_allclose(logprobs, logprob_tv.max(-1), atol=1e-4)
@@ -61,7 +61,7 @@ def test_the_next_request_is_sampled_from_the_published_weights(start, plain_mod
     for update in (1, 2):
         calls = [ask(running, temperature=1, seed=seed) for seed in range(4)]
         rows = [row for i, call in enumerate(calls) for row in build_rows([TokenCall(0, None, *call)], i)]
-        policy.update(rows, np.array([1.0, -1.0, 1.0, -1.0], np.float32))
+        running.policies.update({policy.name: rows}, np.array([1.0, -1.0, 1.0, -1.0], np.float32))
         assert running.http.get("/health").json()["policy_version"] == policy.version == update
         _, _, logprobs = agrees_with_the_learner()
         assert np.abs(np.array(logprobs) - logprobs_before).max() > 0.05
