@@ -108,11 +108,8 @@ def resolve(folder: str | os.PathLike, name: str) -> Path:
     """
     folder = Path(folder).absolute()
     path = Path(name)
-    if (
-        path.is_absolute()
-        and [*path.glob("params"), *path.glob("*/params")]
-        and path.resolve().parent != folder.resolve()
-    ):
+    is_checkpoint = _STEP.fullmatch(path.resolve().name) and [*path.glob("params"), *path.glob("*/params")]
+    if path.is_absolute() and is_checkpoint and path.resolve().parent != folder.resolve():
         raise InvalidConfigError(
             f"checkpoint {name} is not of this run, which keeps its own in {folder}",
             hint="start a server in that run's work directory",
