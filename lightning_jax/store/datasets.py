@@ -5,16 +5,16 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from agent_lightning.dataset import line_fault
+from agent_lightning.dataset import MAX_LINE_BYTES, LineError, parse_task
 from lightning_jax.store.database import Database
 from lightning_jax.store.records import DataError, DatasetInfo, StoreError, UnknownError
 
 _log = logging.getLogger(__name__)
 
-_MAX_LINE_BYTES = 64 * 2**20
 _BATCH_BYTES = 4 * 2**20
+_REMOVED_TASKS = 20_000  # at a time
 _INSERT = "INSERT INTO tasks VALUES (?, ?, ?)"
 
 
@@ -23,7 +23,7 @@ class Datasets:
 
     def __init__(self, database: Database):
         self._database = database
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         database.write(("DELETE FROM tasks WHERE version NOT IN (SELECT version FROM datasets)", [()]))
         database.flush()
         rows = database.read("SELECT data_id, split, version, num_tasks FROM datasets")
@@ -74,17 +74,56 @@ class Datasets:
             raise UnknownError(f"there is no dataset {data_id!r} with split {split!r}", hint="upload it first")
         return found
 
-    def _replace(self, data_id: str, split: str, version: int, count: int) -> None:
+    def replace(self, data_id: str, uploads: Sequence["Upload"]) -> list[DatasetInfo]:
+        """See `Store.replace_dataset`."""
+        splits = dict(upload.end() for upload in uploads)
         with self._lock:
-            old, _ = self._known.get((data_id, split), (None, 0))
-            self._database.execute(
-                (
-                    "INSERT OR REPLACE INTO datasets VALUES (?, ?, ?, ?, ?)",
-                    [(data_id, split, version, count, time.time())],
-                ),
-                ("DELETE FROM tasks WHERE version = ?", [(old,)]),
-            )
-            self._known[data_id, split] = (version, count)
+            replaced = self._set(data_id, splits)
+        self.remove(replaced)
+        return [DatasetInfo(data_id, split, count) for split, (_, count) in sorted(splits.items())]
+
+    def replace_split(self, data_id: str, upload: "Upload") -> DatasetInfo:
+        """See `Store.put_dataset`."""
+        split, content = upload.end()
+        with self._lock:
+            others = {info.split: self._find(data_id, info.split) for info in self.info(data_id)}
+            replaced = self._set(data_id, others | {split: content})
+        self.remove(replaced)
+        return DatasetInfo(data_id, split, content[1])
+
+    def hold(self, name: str, splits: Mapping[str, str]) -> None:
+        """See `Store.hold_data`."""
+        with self._lock:
+            replaced = self._set(name, {split: self._find(data_id, split) for split, data_id in splits.items()})
+        self.remove(replaced)
+
+    def _set(self, data_id: str, splits: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+        """Makes these (version, number of tasks) the dataset's splits, all at once; returns what they replaced."""
+        old = {split: content for (name, split), content in self._known.items() if name == data_id}
+        now = time.time()
+        rows = [(data_id, split, version, count, now) for split, (version, count) in splits.items()]
+        self._database.execute(
+            ("DELETE FROM datasets WHERE data_id = ?", [(data_id,)]),
+            ("INSERT INTO datasets VALUES (?, ?, ?, ?, ?)", rows),
+        )
+        for split in old:
+            del self._known[data_id, split]
+        self._known.update(((data_id, split), content) for split, content in splits.items())
+        return list(old.values())
+
+    def remove(self, versions: Iterable[tuple[int, int]]) -> None:
+        """Removes the tasks of (version, number of tasks) that no dataset has any more.
+
+        In pieces, since whoever writes to the store meanwhile waits for the piece in hand. What a kill leaves goes at
+        the next start.
+        """
+        sql = (
+            "DELETE FROM tasks WHERE version = ? AND task_index BETWEEN ? AND ? "
+            "AND version NOT IN (SELECT version FROM datasets)"
+        )
+        for version, count in versions:
+            for first in range(0, count, _REMOVED_TASKS):
+                self._database.execute((sql, [(version, first, first + _REMOVED_TASKS - 1)]))
 
 
 class Upload:
@@ -110,23 +149,27 @@ class Upload:
         self._rest = lines.pop()
         for line in lines:
             self._take(line)
-        if len(self._rest) > _MAX_LINE_BYTES:
-            raise DataError(f"line {self._line_number + 1}: longer than {_MAX_LINE_BYTES} bytes", self._line_number + 1)
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise DataError(f"line {self._line_number + 1}: longer than {MAX_LINE_BYTES} bytes", self._line_number + 1)
 
-    def finish(self) -> DatasetInfo:
-        """Makes this upload the dataset, in one step, in place of an earlier one of the same name and split."""
+    def end(self) -> tuple[str, tuple[int, int]]:
+        """Writes what is left, which nobody sees yet: (split, (version, number of tasks))."""
         if self._rest:
             self._take(self._rest)
+            self._rest = b""
         if self._count == 0:
             raise DataError("the file holds no task", hint='write one JSON object a line: {"question": "..."}')
         self._write_rows()
-        self._datasets._replace(self._data_id, self._split, self._version, self._count)
-        return DatasetInfo(self._data_id, self._split, self._count)
+        return self._split, (self._version, self._count)
+
+    def finish(self) -> DatasetInfo:
+        """Makes this upload a split of the dataset, in one step, in place of an earlier one; other splits stay."""
+        return self._datasets.replace_split(self._data_id, self)
 
     def discard(self) -> None:
         """Forgets all that was fed."""
         try:
-            self._database.execute(("DELETE FROM tasks WHERE version = ?", [(self._version,)]))
+            self._datasets.remove([(self._version, self._count)])
         except StoreError:  # on a full disk; what is left then goes at the next start
             _log.warning("an upload that failed could not be removed", exc_info=True)
 
@@ -137,8 +180,10 @@ class Upload:
         line = line.strip()
         if not line:
             return
-        if fault := line_fault(line):
-            raise DataError(f"line {self._line_number}: {fault[0]}", self._line_number, hint=fault[1])
+        try:
+            parse_task(line)
+        except LineError as error:
+            raise DataError(f"line {self._line_number}: {error}", self._line_number, hint=error.hint) from None
         self._rows.append((self._version, self._count, line))
         self._rows_bytes += len(line)
         self._count += 1

@@ -1,7 +1,7 @@
 """The store's one face: what the training loop, the server and model_api ask of it."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_jax.store.database import Database
@@ -66,6 +66,26 @@ class Store:
     def upload(self, data_id: str, split: str) -> Upload:
         """The same, pushed: an `Upload` with feed(bytes), finish() -> DatasetInfo and discard()."""
         return Upload(self._datasets, data_id, split)
+
+    def replace_dataset(self, data_id: str, uploads: Sequence[Upload]) -> list[DatasetInfo]:
+        """Finishes uploads together: at one moment they are the dataset, and what it was before is gone.
+
+        Raises:
+            DataError: one of them is not valid. The dataset is as it was; the caller must discard them all.
+        """
+        return self._datasets.replace(data_id, uploads)
+
+    def hold_data(self, name: str, splits: Mapping[str, str]) -> None:
+        """Keeps what datasets hold now under another name, also when they are replaced; copies nothing.
+
+        Args:
+            name: of the dataset that is made, or replaced; without any split it is no more.
+            splits: for each split, the dataset to take it from.
+
+        Raises:
+            UnknownError: one of them has no such split.
+        """
+        self._datasets.hold(name, splits)
 
     def dataset(self, data_id: str) -> list[DatasetInfo]:
         """The dataset's splits; empty when there is no such dataset."""

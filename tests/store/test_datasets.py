@@ -109,6 +109,31 @@ def test_a_replacement_is_seen_whole_or_not_at_all(store):
     assert store._database.read("SELECT count(*) FROM tasks") == [(3000,)]
 
 
+def test_what_is_held_stays_whatever_becomes_of_the_dataset(tmp_path):
+    store = Store(tmp_path / "s")
+    for split in ("train", "test"):
+        store.put_dataset("d", split, [lines({"question": f"old {split}"}, {"question": 2})])
+    store.put_dataset("other", "test", [lines({"question": "other"})])
+    store.hold_data("job:1", {"train": "d", "test": "other"})
+    for name in ("d", "other"):
+        upload = store.upload(name, "train")
+        upload.feed(lines({"question": "new"}))
+        store.replace_dataset(name, [upload])
+    for _ in range(2):
+        assert [info.split for info in store.dataset("d")] == ["train"], "replaced as a whole"
+        assert store.task("d", "train", 0) == {"question": "new"}
+        assert store.task("job:1", "train", 0) == {"question": "old train"} and store.num_tasks("job:1", "train") == 2
+        assert store.task("job:1", "test", 0) == {"question": "other"}
+        store.close()
+        store = Store(tmp_path / "s")  # and after a restart
+    store.hold_data("job:1", {})
+    assert store.dataset("job:1") == []
+    assert store._database.read("SELECT count(*) FROM tasks") == [(2,)], "what nobody holds is gone"
+    with pytest.raises(UnknownError, match="no dataset 'nowhere'"):
+        store.hold_data("job:2", {"train": "nowhere"})
+    store.close()
+
+
 def test_what_does_not_exist_is_an_error(store):
     store.put_dataset("d", "train", [lines({"question": 0})])
     with pytest.raises(UnknownError, match="no dataset 'd' with split 'test'"):
