@@ -153,7 +153,8 @@ class Overlap:
         shown = [f"test line {test} = training line {train}" for test, train in pairs[:SHOWN_OVERLAPS]]
         more = [f"{len(pairs) - SHOWN_OVERLAPS:,} more"] if len(pairs) > SHOWN_OVERLAPS else []
         return (
-            f"{count:,} of {of} test tasks {'are' if count > 1 else 'is'} also in the training file, which flatters held-out rewards: "
+            f"{count:,} of {of} test tasks {'are' if count > 1 else 'is'} also in the training file, "
+            "which flatters held-out rewards: "
             f"{', '.join([*shown, *more])} ({os.fspath(files['test'])}, {os.fspath(files['train'])})"
         )
 

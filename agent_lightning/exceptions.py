@@ -31,3 +31,7 @@ class DataUploadError(AgentLightningError):
 
 class InvalidConfigError(AgentLightningError, ValueError):
     """A setting, flag, variable, model path or agent script is wrong."""
+
+
+class RemoteError(AgentLightningError):
+    """What went wrong in the server, where it is none of the errors above; the cause of the one that is raised."""

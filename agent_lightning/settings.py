@@ -50,3 +50,14 @@ def max_retries(argument: int | None = None) -> int:
     if number < 0:
         raise InvalidConfigError(f"{source}={value!r} is not a whole number from 0 on")
     return number
+
+
+def timeout_s(argument: float) -> float:
+    """How long one HTTP request may go without an answer, in seconds.
+
+    Raises:
+        InvalidConfigError: it is not a positive number.
+    """
+    if isinstance(argument, bool) or not isinstance(argument, int | float) or not 0 < argument < float("inf"):
+        raise InvalidConfigError(f"timeout={argument!r} is not a positive number of seconds")
+    return float(argument)

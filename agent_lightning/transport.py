@@ -119,9 +119,9 @@ def _error_from(response) -> Exception:
     """The exception that a reply outside 2xx stands for: `{"error": {"type", "message", "hint"}}` where it has that."""
     try:
         error = response.json()["error"]
-        name, message, hint = error.get("type"), error["message"], error.get("hint")
+        name, message, hint, trace = error.get("type"), error["message"], error.get("hint"), error.get("traceback")
     except (ValueError, KeyError, TypeError, AttributeError):
-        name, message, hint = None, response.text[:500], None
+        name, message, hint, trace = None, response.text[:500], None, None
     status = response.status_code
     if status in (401, 403):
         return exceptions.KeyRefusedError(
@@ -129,7 +129,10 @@ def _error_from(response) -> Exception:
         )
     kind = getattr(exceptions, str(name), None)
     if isinstance(kind, type) and issubclass(kind, exceptions.AgentLightningError):
-        return kind(message, hint=hint)
+        raised = kind(message, hint=hint)
+        if trace:
+            raised.__cause__ = exceptions.RemoteError(f"in the server:\n{trace.rstrip()}")
+        return raised
     if status in RETRY_STATUS:
         return exceptions.ServerConnectionError(f"the server answered {status}: {message}", hint=hint)
     request = response.request

@@ -117,10 +117,14 @@ class TrainingResult:
     Attributes:
         final_reward: held-out reward after the last update; without a test set, the last training reward.
         train_rewards: mean reward of the rollouts behind each update, in order.
-        test_rewards: mean reward of each evaluation, in order.
-        checkpoints: paths on the server, in step order.
+        test_rewards: mean reward of each evaluation, in order: before the first update, every `eval_interval`
+            updates, after the last.
+        checkpoints: paths on the server, in step order, of this job's checkpoints that the server still keeps.
         total_steps: number of updates.
         total_time: seconds.
+        best_checkpoint: path on the server of the checkpoint with the highest held-out reward, among those that were
+            evaluated; None without a test set.
+        test_steps: the model's step at each of the evaluations.
         job_id: the job on the server.
     """
 
@@ -130,7 +134,19 @@ class TrainingResult:
     checkpoints: list[str] = field(default_factory=list)
     total_steps: int = 0
     total_time: float = 0.0
+    best_checkpoint: str | None = None
+    test_steps: list[int] = field(default_factory=list)
     job_id: str = ""
+
+    def plot(self):
+        """Both reward curves over the model's step, as a `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from agent_lightning.result_views import figure
+
+        return figure(self)
 
     def __repr__(self) -> str:
         def curve(rewards: list[float]) -> str:
@@ -141,21 +157,34 @@ class TrainingResult:
         return (
             f"TrainingResult(final_reward={self.final_reward:.4g}, train_rewards={curve(self.train_rewards)}, "
             f"test_rewards={curve(self.test_rewards)}, total_steps={self.total_steps}, "
-            f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]})"
+            f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]}, "
+            f"best_checkpoint={self.best_checkpoint!r})"
         )
+
+    def _repr_html_(self) -> str:
+        from agent_lightning.result_views import training_html
+
+        return training_html(self)
 
 
 @dataclass
 class EvalResult:
     """What `Client.evaluate` returns.
 
+    A rollout that failed (a crash, a time-out, no finite reward) is not a zero: it is left out of every mean, and
+    counted in `failures`.
+
     Attributes:
-        mean: mean reward of the rollouts that succeeded.
-        standard_error: of that mean.
-        rewards: each task's reward by task id; None where the rollout failed.
+        mean: of the tasks' rewards.
+        standard_error: of that mean, over tasks.
+        rewards: each task's reward by task id, with several samples their mean; None where all of them failed.
         failures: number of failed rollouts.
+        checkpoint: path on the server of the checkpoint that was evaluated; None for the current weights.
         step: updates behind the weights that were evaluated.
         total_time: seconds.
+        samples: with `num_samples`, each task's rewards by task id, None for a failed rollout.
+        pass_at_k: with `num_samples`, by k from 1 on, the chance that one of k samples of a task has at least
+            `success_threshold` (the unbiased estimator), over the tasks that have k samples.
         job_id: the job on the server.
     """
 
@@ -163,12 +192,26 @@ class EvalResult:
     standard_error: float
     rewards: dict[str, float | None] = field(default_factory=dict)
     failures: int = 0
+    checkpoint: str | None = None
     step: int = 0
     total_time: float = 0.0
+    samples: dict[str, list[float | None]] = field(default_factory=dict)
+    pass_at_k: dict[int, float] = field(default_factory=dict)
     job_id: str = ""
 
     def __repr__(self) -> str:
-        return (
-            f"EvalResult({self.mean:.4f} +- {self.standard_error:.4f}, {len(self.rewards)} tasks, "
-            f"{self.failures} failed, step {self.step}, {self.total_time:.1f} s)"
-        )
+        shown = [k for k in self.pass_at_k if k & (k - 1) == 0 or k == len(self.pass_at_k)]
+        parts = [
+            f"{self.mean:.4f} +- {self.standard_error:.4f}",
+            *(f"pass@{k}={self.pass_at_k[k]:.3f}" for k in shown),
+            f"{len(self.rewards)} tasks",
+            f"{self.failures} failed",
+            f"step {self.step}" + (f" ({self.checkpoint})" if self.checkpoint else ""),
+            f"{self.total_time:.1f} s",
+        ]
+        return f"EvalResult({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        from agent_lightning.result_views import evaluation_html
+
+        return evaluation_html(self)

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
-from agent_lightning import agent_source, client
+from agent_lightning import agent_source, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
@@ -154,7 +154,7 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
         jobs.submit({"kind": config.mode, "data_id": DATA_ID}, job_id)
         job = _follow(store, jobs, job_id, server.url, agent, config)
     if job["status"] == "failed":
-        raise client.job_error(job)
+        raise results.job_error(job)
     if job["result"]:
         _say(_summary(config, job["result"]))
 

@@ -7,6 +7,7 @@ served. `Policies` are the models of a run: mostly one, or several that learn fr
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import logging
 import pathlib
@@ -243,6 +244,16 @@ class Policy:
         self._engine.publish(self._learner.state.params, version)
         return time.monotonic() - start
 
+    def publish_checkpoint(self, path: pathlib.Path, item: str | None) -> None:
+        """Gives the engine a checkpoint's weights, with its step as their version; the learner keeps its own."""
+        # In the sampler's own dtype: there is no room to be counted on for a second set of master weights.
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self._dtype, sharding=x.sharding),
+            self._learner.abstract_state().params,
+        )
+        params = checkpoint.restore_params(path, abstract, item=item)
+        self._engine.publish(params, checkpoint.step_of(path))
+
 
 class Policies(Mapping[str, Policy]):
     """The models of a run by name, the first one first. They learn in step, and are saved in one checkpoint.
@@ -330,6 +341,26 @@ class Policies(Mapping[str, Policy]):
         """The checkpoints that are kept, in step order."""
         return checkpoint.all_steps(self.checkpoint_dir)
 
+    def find_checkpoint(self, name: str) -> pathlib.Path:
+        """The checkpoint that `latest`, `best`, `step-N` or a path names. Raises InvalidConfigError."""
+        return checkpoint.resolve(self.checkpoint_dir, name)
+
+    @contextlib.contextmanager
+    def sampling_from(self, path: pathlib.Path):
+        """Samples from a checkpoint's weights, with its step as their version, for as long as the block lasts.
+
+        What is being trained is not touched, and is sampled from again afterwards.
+
+        Raises:
+            InvalidConfigError: the checkpoint is gone, or another model's.
+        """
+        try:
+            self._device.run(self._publish_checkpoint, path).result()
+            yield
+        finally:
+            if self.error is None:
+                self._device.run(self._publish).result()
+
     def _make_learners(self) -> None:
         newest = checkpoint.latest(self.checkpoint_dir)
         for name, policy in self.items():
@@ -344,6 +375,14 @@ class Policies(Mapping[str, Policy]):
         metrics = {name: policy.learn(rows.get(name, ()), advantage_n) for name, policy in self.items()}
         self.step += 1
         return {name: metrics[name] | {"time/publish_s": policy.publish(self.step)} for name, policy in self.items()}
+
+    def _publish(self) -> None:
+        for policy in self.values():
+            policy.publish(self.step)
+
+    def _publish_checkpoint(self, path: pathlib.Path) -> None:
+        for name, policy in self.items():
+            policy.publish_checkpoint(path, self.checkpoint_item(name))
 
     def _save_checkpoint(self, extra: dict[str, Any]) -> None:
         states = {name: policy.state for name, policy in self.items()}

@@ -11,11 +11,10 @@ A run that was killed goes on from its latest checkpoint: weights, optimizer, da
 and whatever the store and the metrics hold of later steps is discarded first.
 """
 
-import collections
+import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import pathlib
 import threading
@@ -26,10 +25,10 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import TrainingError
-from lightning_jax import data, metrics, rows
+from lightning_jax import data, metrics, outcomes, rows
 from lightning_jax.policy import Policies
-from lightning_jax.rl import advantages
-from lightning_jax.store import CallRecord, RolloutEntry, RolloutRecord, Store
+from lightning_jax.rl import advantages, checkpoint
+from lightning_jax.store import RolloutEntry, RolloutRecord, Store
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ def run_job(
     Args:
         job_id: the job in `store`; its events tell whoever follows how far it is.
         spec: kind ("train" or "evaluate"), data_id, and optionally epochs, batch_size (tasks per step), total_steps,
-            eval_interval, metadata, rollout_timeout (seconds), max_attempts. What is missing comes from `config`.
+            eval_interval, metadata, rollout_timeout (seconds), max_attempts; for an evaluation also checkpoint (by
+            default the current weights) and num_samples (of each task). What is missing comes from `config`.
         policies: trained in place.
         stop: asks it to end early; a training job then saves a checkpoint first unless it must end now.
 
@@ -122,6 +122,7 @@ class _Run:
         self.workdir = pathlib.Path(config.workdir)
         self.data_id = spec["data_id"]
         self.history = History(start_step=policies.step)
+        self.saved_step: int | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -158,18 +159,29 @@ class _Run:
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
                 row = self._step(step, next(tasks))
-                if self._is_due(step - first, self._eval_interval(), total_steps):
+                if self.stop.after_step:  # what was learned is safe before the last evaluation, which may take long
+                    self._checkpoint(step, tasks)
+                if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
                     row |= self._evaluate(step)
                 self.history.time_s = clock.seconds()
                 row["time/total_s"] = self.history.time_s
                 writer.write(step, row)
                 self.store.update_job(self.job_id, step=step - first)
                 self.store.add_event(self.job_id, "step", step, row)
-                if self._is_due(step - first, config.runtime.checkpoint_interval, total_steps):
+                due = self._is_due(step - first, config.runtime.checkpoint_interval, total_steps)
+                if due and step != self.saved_step:
                     self._checkpoint(step, tasks)
-            if self.stop.after_step and not self._has_checkpoint(policies.step):
-                self._checkpoint(policies.step, tasks)
+            if self.stop.after_step:
+                self._catch_up(first, tasks)
         return self._result()
+
+    def _catch_up(self, first: int, tasks) -> None:
+        """Gives the last step the checkpoint and the evaluation that it lacks if the job was stopped just after it."""
+        step = self.policies.step
+        if not self._has_checkpoint(step):
+            self._checkpoint(step, tasks)
+        if step > first and step not in (tested for tested, _ in self.history.test_rewards):
+            self._evaluate(step)
 
     def _resume(self, tasks, writer) -> None:
         """Goes on behind the checkpoint that the policy was restored from, if this job made it; else from the start."""
@@ -189,7 +201,7 @@ class _Run:
         records = self._rollouts(step, tasks, "train")
         sampled = time.monotonic()
 
-        return_n = np.array([_total_reward(r) for r in records], np.float32)
+        return_n = np.array([outcomes.total_reward(r) for r in records], np.float32)
         group_n = np.array([r.group for r in records], np.int32)
         trained_return_n = self._shuffled(return_n, step) if self.config.algorithm.shuffle_rewards else return_n
         advantage_n = advantages.grpo_advantages(trained_return_n, group_n)
@@ -202,16 +214,16 @@ class _Run:
         tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)
         trained_tokens = sum(update["train/tokens"] for update in updates.values())
         differences = [update.get("policy/sampler_learner_logprob_diff") for update in updates.values()]
-        self.history.train_rewards.append(_mean(return_n))
+        self.history.train_rewards.append(outcomes.mean(return_n))
         self.history.tokens += tokens
         self.history.sample_s += sample_s
         self.history.logprob_diff = max((d for d in differences if d is not None), default=self.history.logprob_diff)
-        row = _rollout_metrics(records, return_n, group_n)
+        row = outcomes.rollout_metrics(records, return_n, group_n)
         for name, policy in self.policies.items():
             row |= self._named(name, updates[name] | policy.sampler_metrics())
             if several:
                 calls = [call for record in records for call in rows.calls_of(record, name)]
-                row |= self._named(name, _completion_metrics(calls))
+                row |= self._named(name, outcomes.completion_metrics(calls))
         return row | {
             "time/sample_s": sample_s,
             "time/train_s": train_s,
@@ -240,9 +252,24 @@ class _Run:
                 "seed": self.config.seed,
             }
         )
-        self.store.add_event(
-            self.job_id, "checkpoint", step, {"path": str(self.workdir / "checkpoints" / f"step-{step}")}
-        )
+        self.saved_step = step
+        path = (self.workdir / "checkpoints" / f"step-{step}").absolute()
+        self.store.add_event(self.job_id, "checkpoint", step, {"path": str(path)})
+        self._mark_best()
+
+    def _best_checkpoint(self) -> pathlib.Path | None:
+        """Of this job's checkpoints that were evaluated the one with the highest held-out reward; of equals the first.
+
+        The checkpoint that the job began with is one of them, where an earlier job left it.
+        """
+        kept = {checkpoint.step_of(path): path for path in self.policies.checkpoints()}
+        tested = [(reward, kept[step]) for step, reward in self.history.test_rewards if step in kept]
+        return max(tested, key=lambda pair: pair[0])[1] if tested else None
+
+    def _mark_best(self) -> None:
+        best = self._best_checkpoint()
+        if best is not None:
+            checkpoint.mark_best(best)
 
     def _has_checkpoint(self, step: int) -> bool:
         return (self.workdir / "checkpoints" / f"step-{step}").exists()
@@ -264,9 +291,10 @@ class _Run:
         records = self._evaluation_records(step)
         if not records:
             return {}
-        row = _evaluation_metrics(records)
+        row = outcomes.evaluation_metrics(records)
         self.history.test_rewards.append([step, row["eval/reward"]])
         self.store.add_event(self.job_id, "evaluation", step, row)
+        self._mark_best()
         return row
 
     def _evaluation_records(self, step: int) -> list[RolloutRecord]:
@@ -277,15 +305,25 @@ class _Run:
         return self._rollouts(step, [source[i] for i in range(len(source))], "evaluate")
 
     def evaluate_only(self) -> dict[str, Any]:
+        """Evaluates a checkpoint or the current weights, which are sampled from again afterwards in any case."""
         start = time.monotonic()
-        records = self._evaluation_records(self.policies.step)
+        path, sampling = None, contextlib.nullcontext()
+        if name := self.spec.get("checkpoint"):
+            path = self.policies.find_checkpoint(name)
+            sampling = self.policies.sampling_from(path)
+        with sampling:
+            step = self.policies.first.version
+            records = self._evaluation_records(step)
         if not records:
             raise TrainingError("the dataset has no test split to evaluate on", hint="upload one with test_file=")
+        samples = outcomes.samples_by_task(records)
         return {
-            "rewards": {r.task_id: None if r.reward is None else _total_reward(r) for r in records},
+            "rewards": {task_id: outcomes.mean_or_none(rewards) for task_id, rewards in samples.items()},
+            "samples": {task_id: [outcomes.mean_or_none([r]) for r in rewards] for task_id, rewards in samples.items()},
+            "checkpoint": None if path is None else str(path),
             "total_time": time.monotonic() - start,
-            "step": self.policies.step,
-        } | {name.removeprefix("eval/"): value for name, value in _evaluation_metrics(records).items()}
+            "step": step,
+        } | {name.removeprefix("eval/"): value for name, value in outcomes.evaluation_metrics(records).items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Both
@@ -293,7 +331,11 @@ class _Run:
 
     def _rollouts(self, step: int, tasks: list[data.TaskItem], mode: str) -> list[RolloutRecord]:
         """Opens rollouts of these tasks and returns what became of them when workers have ended them all."""
-        samples = self.config.algorithm.group_size if mode == "train" else 1
+        num_samples = self.spec.get("num_samples")
+        samples = self.config.algorithm.group_size if mode == "train" else num_samples or 1
+        given = {"policy_version": self.policies.first.version}
+        if mode == "evaluate":
+            given["num_samples"] = num_samples  # the model's default temperature depends on it
         entries = [
             RolloutEntry(task_id=item.task_id, task_index=item.task_index, group=group, sample=sample, task=item.task)
             for group, item in enumerate(tasks)
@@ -306,7 +348,7 @@ class _Run:
             entries=entries,
             timeout_s=self.spec.get("rollout_timeout") or self.config.agent.rollout_timeout_s,
             max_attempts=self.spec.get("max_attempts") or self.config.agent.max_attempts,
-            metadata=(self.spec.get("metadata") or {}) | {"policy_version": self.policies.first.version},
+            metadata=(self.spec.get("metadata") or {}) | given,
             seed=self.config.seed,
         )
         self.store.add_event(self.job_id, f"{mode}_started", step, {"rollouts": len(rollout_ids)})
@@ -342,6 +384,7 @@ class _Run:
     def _result(self) -> dict[str, Any]:
         """The job's result, also written to `result.json`."""
         history, tests = self.history, self.history.test_rewards
+        best = self._best_checkpoint()
         result = {
             "eval_reward_before": tests[0][1] if tests else None,
             "eval_reward_after": tests[-1][1] if tests else None,
@@ -349,7 +392,10 @@ class _Run:
             "train_rewards": history.train_rewards,
             "test_rewards": [reward for _, reward in tests],
             "test_steps": [int(step) for step, _ in tests],
-            "checkpoints": [str(path) for path in self.policies.checkpoints()],
+            "checkpoints": [
+                str(path) for path in self.policies.checkpoints() if checkpoint.step_of(path) > history.start_step
+            ],
+            "best_checkpoint": None if best is None else str(best),
             "total_steps": self.policies.step - history.start_step,
             "total_time": history.time_s,
             "sampler_learner_logprob_diff": history.logprob_diff,
@@ -372,53 +418,3 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
-
-
-def _total_reward(record: RolloutRecord) -> float:
-    """What the agent returned plus what its calls earned on the way; NaN for a failed rollout."""
-    return math.nan if record.reward is None else record.reward + sum(call.reward for call in record.calls)
-
-
-def _mean(value_n: np.ndarray) -> float:
-    """Mean over the finite values, in float64; NaN without any."""
-    finite_n = value_n[np.isfinite(value_n)].astype(np.float64)
-    return float(finite_n.mean()) if len(finite_n) else math.nan
-
-
-def _rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
-    finite_n = return_n[np.isfinite(return_n)].astype(np.float64)
-    groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
-    flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
-    causes = collections.Counter(record.cause for record in records if record.status == "failed")
-    return {
-        "reward/mean": _mean(return_n),
-        "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
-        "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
-        "rollout/count": len(records),
-        "rollout/failed": sum(causes.values()),
-        **_completion_metrics([call for record in records for call in record.calls]),
-        **{f"rollout/failed_{cause}": count for cause, count in causes.items()},
-    }
-
-
-def _completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
-    lengths = [len(call.sampled_ids) for call in calls]
-    truncated = [call.finish_reason == "length" for call in calls]
-    return {
-        "rollout/calls": len(lengths),
-        "completion/mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
-        "completion/max_tokens": max(lengths, default=0),
-        "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,
-    }
-
-
-def _evaluation_metrics(records: list[RolloutRecord]) -> dict[str, float]:
-    reward_n = np.array([_total_reward(r) for r in records])
-    survivors = int(np.isfinite(reward_n).sum())
-    spread = float(np.nanstd(reward_n, ddof=1)) if survivors > 1 else 0.0
-    return {
-        "eval/reward": _mean(reward_n),
-        "eval/standard_error": spread / math.sqrt(max(survivors, 1)),
-        "eval/count": len(records),
-        "eval/failed": len(records) - survivors,
-    }

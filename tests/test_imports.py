@@ -23,6 +23,7 @@ FLOORS = {
     "lightning_jax.command_line": 3,  # of config's floor, but built on it
     "lightning_jax.data": 3,  # of store's floor, but built on it
     "lightning_jax.mesh": 3,
+    "lightning_jax.outcomes": 3,
     "lightning_jax.model": 4,
     "lightning_jax.sampler": 5,
     "lightning_jax.rl": 5,

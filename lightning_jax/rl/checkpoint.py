@@ -136,7 +136,12 @@ def all_steps(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """N of `step-N`."""
+    return int(_STEP.fullmatch(path.name)[1])
 
 
 def restore(
@@ -235,10 +240,6 @@ def _linked(folder: str | os.PathLike, name: str) -> Path | None:
     folder = Path(folder).absolute()
     link = folder / name
     return folder / os.readlink(link) if link.is_symlink() and link.is_dir() else None
-
-
-def _step(path: Path) -> int:
-    return int(_STEP.fullmatch(path.name)[1])
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

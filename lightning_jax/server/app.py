@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+import traceback
 
 import ml_collections
 import uvicorn
@@ -13,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.policy import Policies, Policy
-from lightning_jax.server import anthropic_messages, control, openai_chat, openai_shared, wire
+from lightning_jax.server import anthropic_messages, control, datasets, openai_chat, openai_shared, wire
 from lightning_jax.server.auth import RequireKey
 from lightning_jax.server.contract import ApiError, ClientGone
 from lightning_jax.server.roles import Generators
@@ -66,6 +67,7 @@ def create_app(
             app.add_route(prefix + path, _unserved_dialect, methods=["POST"])
         app.add_route(prefix + "/models", _models, methods=["GET"])
     app.include_router(control.router)
+    app.include_router(datasets.router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))
@@ -138,7 +140,9 @@ def _crash(request: Request, error: Exception) -> Response:
     shape = _dialect_error(request)
     if shape is not None:
         return shape(ApiError(message, status=500, kind="server"))
-    return wire.json_response({"error": {"type": "AgentLightningError", "message": message, "hint": None}}, 500)
+    text = "".join(traceback.format_exception(error))
+    content = {"type": "AgentLightningError", "message": message, "hint": None, "traceback": text}
+    return wire.json_response({"error": content}, 500)
 
 
 # ---- running it ----

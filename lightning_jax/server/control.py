@@ -1,10 +1,9 @@
-"""What `Client` and worker pools speak: datasets, jobs, events, and the exchange of leases for results."""
+"""What `Client` and worker pools speak: jobs, events, and the exchange of leases for results."""
 
 import asyncio
 import collections
 import contextlib
 import logging
-import re
 import threading
 import traceback
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from agent_lightning.exceptions import AgentLightningError, DataUploadError, InvalidConfigError
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax import training
 from lightning_jax.policy import Policies
 from lightning_jax.server import wire
@@ -23,8 +22,6 @@ from lightning_jax.store import ENDED_JOB, DataError, Store, StoreError, Unknown
 
 _log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_UPLOAD_PIECE_BYTES = 2**20
 _LONGEST_WAIT_S = 25.0  # under the time-outs of clients, and under the silence after which a pool counts as gone
 
 
@@ -38,6 +35,7 @@ class JobRunner:
             until they are submitted again.
 
     Attributes:
+        policies, config: the server's models and settings.
         error: what ended the thread, if something did: no job can run any more.
     """
 
@@ -49,10 +47,13 @@ class JobRunner:
         *,
         resume: Callable[[str], bool] = lambda job_id: True,
     ):
-        self._policies, self._store, self._config = policies, store, config
+        self.policies, self._store, self.config = policies, store, config
         self.error: BaseException | None = None
         self._changed = threading.Condition()
         unfinished = [job["job_id"] for job in store.jobs() if job["status"] not in ENDED_JOB]
+        for job in store.jobs():
+            if job["status"] in ENDED_JOB and store.dataset(_data_name(job["job_id"])):
+                store.hold_data(_data_name(job["job_id"]), {})  # the server was killed when it had just ended
         self._queue = collections.deque(filter(resume, unfinished))
         self._stops: dict[str, training.StopFlag] = {job_id: training.StopFlag() for job_id in self._queue}
         self._running: str | None = None
@@ -78,6 +79,7 @@ class JobRunner:
                 self._store.restart_job(job_id, spec)
                 self._stops.pop(job_id, None)
             job_id = self._store.create_job(spec, job_id)
+            self._hold_data(job_id)
             if job_id not in self._stops and self._store.job(job_id)["status"] not in ENDED_JOB:
                 self._stops[job_id] = training.StopFlag()
                 self._queue.append(job_id)
@@ -92,6 +94,7 @@ class JobRunner:
             if job_id in self._queue:
                 self._queue.remove(job_id)
                 self._store.update_job(job_id, status="stopped")
+                self._store.hold_data(_data_name(job_id), {})
 
     def close(self) -> None:
         """Stops the running job at once and ends the thread; the job stays unfinished, to be resumed."""
@@ -101,6 +104,16 @@ class JobRunner:
                 stop.request(now=True)
             self._changed.notify_all()
         self._thread.join()
+
+    def _hold_data(self, job_id: str) -> None:
+        """Lets a job keep the tasks it was made for, whatever is uploaded under their name before it ends."""
+        job = self._store.job(job_id)
+        spec = job["spec"]
+        if job["status"] == "queued" and "data_id" in spec:
+            splits = {info.split: spec["data_id"] for info in self._store.dataset(spec["data_id"])}
+            if "test_data_id" in spec:
+                splits["test"] = spec["test_data_id"]
+            self._store.hold_data(_data_name(job_id), splits)
 
     def _loop(self) -> None:
         while True:
@@ -131,13 +144,15 @@ class JobRunner:
     def _run(self, job_id: str) -> None:
         stop = self._stops[job_id]
         self._store.update_job(job_id, status="running")
+        spec = self._store.job(job_id)["spec"]
+        held = _data_name(job_id)
         try:
             result = training.run_job(
                 job_id=job_id,
-                spec=self._store.job(job_id)["spec"],
-                policies=self._policies,
+                spec=spec | {"data_id": held} if self._store.dataset(held) else spec,
+                policies=self.policies,
                 store=self._store,
-                config=self._config,
+                config=self.config,
                 stop=stop,
             )
         except training.Stopped:
@@ -156,6 +171,12 @@ class JobRunner:
         self._store.cancel_open(job_id)
         self._store.add_event(job_id, "ended", self._store.job(job_id)["step"], {"status": fields["status"]})
         self._store.update_job(job_id, **fields)
+        self._store.hold_data(held, {})
+
+
+def _data_name(job_id: str) -> str:
+    """Under which a job's tasks are held; no upload can have this name."""
+    return f"job:{job_id}"
 
 
 class Pulse:
@@ -206,6 +227,9 @@ class JobBody(pydantic.BaseModel):
 
     kind: Literal["train", "evaluate"] = "train"
     data_id: str
+    test_data_id: str | None = None
+    checkpoint: str | None = None
+    num_samples: int | None = pydantic.Field(None, ge=1)
     epochs: int | None = pydantic.Field(None, ge=1)
     batch_size: int | None = pydantic.Field(None, ge=1)
     total_steps: int | None = pydantic.Field(None, ge=1)
@@ -248,52 +272,34 @@ class ExchangeBody(pydantic.BaseModel):
 router = APIRouter()
 
 
-@router.put("/api/datasets/{data_id}/{split}")
-async def put_dataset(request: Request, data_id: str, split: str) -> Response:
-    """Stores the body, JSONL, as one split of a dataset; replaces an earlier one at once, or changes nothing."""
-    if not _NAME.fullmatch(data_id):
-        raise DataError(f"data_id {data_id!r} is not a name of letters, digits, '.', '_' and '-'")
-    if split not in ("train", "test"):
-        raise DataError(f"split must be 'train' or 'test', not {split!r}")
-    upload = request.app.state.store.upload(data_id, split)
-    try:
-        piece = bytearray()
-        async for chunk in request.stream():
-            piece += chunk
-            if len(piece) >= _UPLOAD_PIECE_BYTES:
-                await run_in_threadpool(upload.feed, bytes(piece))
-                piece.clear()
-        await run_in_threadpool(upload.feed, bytes(piece))
-        info = await run_in_threadpool(upload.finish)
-    except BaseException as error:  # a wrong line, a full disk, a client that went away, a server that ends
-        await asyncio.shield(run_in_threadpool(upload.discard))
-        if isinstance(error, StoreError):
-            raise DataUploadError(f"the upload could not be stored: {error}") from error
-        raise
-    return wire.json_response({"data_id": data_id, "split": split, "num_tasks": info.num_tasks})
-
-
-@router.get("/api/datasets/{data_id}")
-async def get_dataset(request: Request, data_id: str) -> Response:
-    """Which splits a dataset has, and how many tasks each."""
-    splits = {info.split: info.num_tasks for info in request.app.state.store.dataset(data_id)}
-    if not splits:
-        raise UnknownError(f"there is no dataset {data_id!r}")
-    return wire.json_response({"data_id": data_id, "splits": splits})
-
-
 @router.post("/api/jobs")
 async def create_job(request: Request, body: JobBody) -> Response:
-    """Queues a job. The same `key` again gives the same job."""
+    """Queues a job, and says how many of its rollouts can be under way at once. The same `key` gives the same job."""
     jobs: JobRunner | None = request.app.state.jobs
+    store: Store = request.app.state.store
     if jobs is None:
         raise InvalidConfigError("this server runs one job of its own and takes no others", hint="start one to serve")
-    splits = {info.split for info in request.app.state.store.dataset(body.data_id)}
-    needed = "train" if body.kind == "train" else "test"
-    if needed not in splits:
-        raise UnknownError(f"there is no dataset {body.data_id!r} with {needed} tasks", hint="upload it first")
+    evaluates = body.kind == "evaluate"
+    needed = {"test": body.test_data_id or body.data_id} if evaluates else {"train": body.data_id}
+    if body.test_data_id:
+        needed["test"] = body.test_data_id
+    for split, data_id in needed.items():
+        if split not in {info.split for info in store.dataset(data_id)}:
+            raise UnknownError(f"there is no dataset {data_id!r} with {split} tasks", hint="upload it first")
+    if not evaluates and (body.checkpoint or body.num_samples):
+        raise InvalidConfigError("checkpoint and num_samples are for evaluations")
+    if body.checkpoint:
+        jobs.policies.find_checkpoint(body.checkpoint)
+    config = jobs.config
+    rollouts = (
+        store.num_tasks(needed["test"], "test") * (body.num_samples or 1)
+        if evaluates
+        else body.batch_size * config.algorithm.group_size
+        if body.batch_size
+        else config.runtime.batch_size
+    )
     job_id = await run_in_threadpool(jobs.submit, body.model_dump(exclude_none=True))
-    return wire.json_response({"job_id": job_id})
+    return wire.json_response({"job_id": job_id, "rollouts_at_once": min(rollouts, config.sampler.max_slots)})
 
 
 @router.get("/api/jobs/{job_id}")

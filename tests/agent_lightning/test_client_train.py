@@ -37,7 +37,7 @@ def training(tmp_path_factory, settings, policies):
 @pytest.fixture
 def client(training, tmp_path):
     (tmp_path / "train.jsonl").write_text(TASKS)
-    (tmp_path / "test.jsonl").write_text(TASKS.splitlines()[0])
+    (tmp_path / "test.jsonl").write_text('{"question": "7+1=?", "ground_truth": "8"}')
     client = Client(training[0])
     client.upload_data(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), "sums")
     return client

@@ -1,11 +1,14 @@
 """What goes wrong before a job runs, and what an upload leaves on the server."""
 
+import itertools
+import json
 import os
 import re
+import warnings
 
 import pytest
 
-from agent_lightning import Client, DataUploadError, InvalidConfigError, ServerConnectionError
+from agent_lightning import Client, DataUploadError, InvalidConfigError, ServerConnectionError, dataset
 from agent_lightning.client import choose_nworkers
 
 GOOD = b'{"question": "What is 2+2?", "ground_truth": "4", "schema": {"a": [1]}}\n\n{"question": "Capital of France?"}'
@@ -35,7 +38,7 @@ def test_the_id_follows_from_the_contents_unless_it_is_given(served, files):
     first = client.upload_data(files(GOOD))
     assert client.upload_data(files(GOOD, "copy.jsonl")) == first
     assert client.upload_data(files(GOOD + b"\n" + GOOD)) != first
-    assert client.upload_data(files(GOOD), files(GOOD, "test.jsonl")) != first
+    assert client.upload_data(files(GOOD), files(b'{"question": "held out"}', "test.jsonl")) != first
     assert client.upload_data(files(GOOD), data_id="mine") == "mine"
     assert client.upload_data(files(b'{"question": "new"}'), data_id="mine") == "mine"
     assert served.store.num_tasks("mine", "train") == 1
@@ -60,6 +63,66 @@ def test_a_bad_line_is_named_and_nothing_is_kept(served, files, line, says, spli
     assert served.store.dataset("kept") == []
 
 
+def questions(*texts, **fields) -> bytes:
+    return b"".join(json.dumps({"question": text} | fields).encode() + b"\n" for text in texts)
+
+
+def test_test_tasks_that_are_training_tasks_are_reported(served, files):
+    client = Client(served.url)
+    train = b"\n" + questions("a", "b", "c") + questions("same words", context="one") + questions("b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client.upload_data(files(train), files(questions("d") + questions("same words", context="two"), "test.jsonl"))
+    test = questions("d", "c", "b ") + b'{"ground_truth": "1", "question": "a", "x": 2}\n' + questions("b", "b")
+    with pytest.warns(UserWarning) as caught:
+        client.upload_data(files(train), files(test, "test.jsonl"))
+    (warning,) = [warning for warning in caught if warning.category is UserWarning]
+    said = str(warning.message)
+    assert said.startswith("5 of 6 test tasks are also in the training file")
+    assert "test line 2 = training line 4, test line 3 = training line 3, test line 4 = training line 2" in said
+    assert warning.filename == __file__, "the caller's line is named"
+
+
+def test_of_very_many_test_tasks_the_first_are_compared(served, files, monkeypatch):
+    monkeypatch.setattr(dataset, "COMPARED_TASKS", 3)
+    with pytest.warns(UserWarning, match="^1 of the first 3 test tasks is also in the training file"):
+        Client(served.url).upload_data(files(questions("c", "d")), files(questions(*"abcd"), "test.jsonl"))
+
+
+def test_both_files_arrive_together_or_not_at_all(served, files, monkeypatch):
+    client = Client(served.url, max_retries=0)
+    client.upload_data(files(questions("old")), files(questions("old test"), "test.jsonl"), "both")
+    read_chunks = dataset.read_chunks
+
+    def then_fails(paths, sizes):
+        """Stands for a disk that fails, or a connection that breaks, when the test tasks have been sent."""
+        yield from itertools.islice(read_chunks(paths, sizes), 1)
+        raise OSError("gone")
+
+    monkeypatch.setattr(dataset, "read_chunks", then_fails)
+    with pytest.raises(OSError, match="gone"):
+        client.upload_data(files(questions("new")), files(questions("new test"), "test.jsonl"), "both")
+    assert served.store.task("both", "test", 0) == {"question": "old test"}
+    assert served.store.task("both", "train", 0) == {"question": "old"}
+    monkeypatch.undo()
+    client.upload_data(files(questions("new")), data_id="both")
+    assert [info.split for info in served.store.dataset("both")] == ["train"]
+
+
+def test_a_file_that_changes_during_the_upload_is_refused(served, files, monkeypatch):
+    path = files(questions("aa", "bb"))
+    read_chunks = dataset.read_chunks
+
+    def changes(paths, sizes):
+        files(questions("aa", "xx"))
+        yield from read_chunks(paths, sizes)
+
+    monkeypatch.setattr(dataset, "read_chunks", changes)
+    with pytest.raises(DataUploadError, match="what arrived is another than was announced.*\n.*written to"):
+        Client(served.url).upload_data(path, data_id="changed")
+    assert served.store.dataset("changed") == []
+
+
 def test_files_that_hold_nothing_or_are_not_there(served, files, tmp_path):
     client = Client(served.url)
     with pytest.raises(DataUploadError, match="holds no task"):
@@ -68,9 +131,10 @@ def test_files_that_hold_nothing_or_are_not_there(served, files, tmp_path):
         client.upload_data(str(tmp_path / "gone.jsonl"))
 
 
-def test_the_servers_own_refusal_arrives(served, files):
-    with pytest.raises(DataUploadError, match="'not/a name'|Not Found|not a name"):
-        Client(served.url).upload_data(files(GOOD), data_id="not a name")
+def test_names_that_a_dataset_cannot_have(served, files):
+    for name in ("not a name", "not/a/name", "x" * 129, ".."):
+        with pytest.raises(DataUploadError, match=f"{re.escape(repr(name))} is not a name"):
+            Client(served.url).upload_data(files(GOOD), data_id=name)
 
 
 def test_nobody_there(files):
@@ -87,6 +151,11 @@ def test_bad_arguments_start_nothing(served, files):
     for arguments in [{"nworkers": 0}, {"nworkers": -2}, {"epochs": 0}, {"batch_size": 1.5}, {"eval_interval": 0}]:
         with pytest.raises(InvalidConfigError, match=next(iter(arguments))):
             client.train(lambda resource, task: 1, **arguments)
+    with pytest.raises(InvalidConfigError, match="num_samples=0"):
+        client.evaluate(lambda resource, task: 1, num_samples=0)
+    for timeout in (0, -1, "300", True):
+        with pytest.raises(InvalidConfigError, match="timeout="):
+            Client(served.url, timeout=timeout)
     with pytest.raises(InvalidConfigError, match="agent script not found"):
         client.train("nowhere.py")
     assert served.store.jobs() == []

@@ -3,7 +3,7 @@
 import pytest
 
 from agent_lightning import InvalidConfigError, TrainingError
-from agent_lightning.client import job_error
+from agent_lightning.results import job_error
 
 
 def failed(error: Exception, traceback: str) -> dict:

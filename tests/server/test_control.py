@@ -1,5 +1,6 @@
 """What `Client` and worker pools speak, over a real socket."""
 
+import hashlib
 import json
 import socket
 import threading
@@ -39,6 +40,13 @@ def dataset(tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def held_out(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+2?"}) + "\n" for i in range(4)))
+    return str(path)
+
+
 def fills(resource, task):
     """Rewards replies with many letters, which random weights vary in."""
     import httpx
@@ -62,7 +70,7 @@ def test_the_key_is_asked_for_everywhere_but_where_it_is_not(start, random_model
         ("GET", "/v1/models"),
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/messages"),
-        ("PUT", "/api/datasets/d/train"),
+        ("PUT", "/api/datasets/d"),
         ("POST", "/api/jobs"),
         ("GET", "/api/jobs/x"),
         ("GET", "/openapi.json"),
@@ -113,33 +121,79 @@ def test_a_port_in_use_is_said_at_once():
 # ---- datasets ----
 
 
+def put(serving, data_id, train=None, test=None, **params):
+    """Uploads a dataset as it goes over the wire: the test tasks, then the training tasks."""
+    params |= {"test": len(test)} if test is not None else {}
+    params |= {"train": len(train)} if train is not None else {}
+    body = (test or b"") + (train or b"")
+    pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
+    return serving.http.put(f"/api/datasets/{data_id}", params=params, content=pieces)
+
+
 def test_upload_streams_and_names_the_bad_line(serving):
     task = json.dumps({"question": "x" * 1000}).encode() + b"\n"
-    big = serving.http.put("/api/datasets/big.1/train", content=(task * 100 for _ in range(200)))
-    assert big.json() == {"data_id": "big.1", "split": "train", "num_tasks": 20_000}
-    assert serving.http.get("/api/datasets/big.1").json() == {"data_id": "big.1", "splits": {"train": 20_000}}
-    bad = serving.http.put("/api/datasets/big.1/train", content=[task * 5000, b'{"ground_truth": 1}\n', task])
-    assert bad.status_code == 422
-    error = bad.json()["error"]
-    assert error["type"] == "DataUploadError" and error["line"] == 5001 and "line 5001" in error["message"]
-    assert serving.http.get("/api/datasets/big.1").json()["splits"] == {"train": 20_000}
-    assert serving.http.put("/api/datasets/new/test", content=b"[]").status_code == 422
+    big = put(serving, "big.1", task * 20_000, task * 3, sha256=hashlib.sha256(task * 20_003).hexdigest())
+    assert big.json() == {"data_id": "big.1", "splits": {"train": 20_000, "test": 3}}
+    assert serving.http.get("/api/datasets/big.1").json() == big.json()
+    for train, test, split, line in (
+        (task * 5000 + b'{"ground_truth": 1}\n' + task, task, "train", 5001),
+        (task, task * 4 + b"[]", "test", 5),
+    ):
+        bad = put(serving, "big.1", train, test)
+        assert bad.status_code == 422
+        error = bad.json()["error"]
+        assert error["type"] == "DataUploadError" and error["line"] == line
+        assert f"{split} tasks, line {line}: " in error["message"]
+    for wrong in ({"sha256": "0" * 64}, {"train": 999}, {"train": 1003}):
+        refused = (
+            put(serving, "big.1", **{"train": task} | wrong)
+            if "sha256" in wrong
+            else serving.http.put("/api/datasets/big.1", params=wrong, content=task)
+        )
+        assert refused.status_code == 422 and "than was announced" in refused.json()["error"]["message"]
+    assert serving.http.get("/api/datasets/big.1").json()["splits"] == {"train": 20_000, "test": 3}
+    assert put(serving, "new", test=b"[]").status_code == 422
+    assert serving.http.put("/api/datasets/new", content=task).status_code == 422
     assert serving.http.get("/api/datasets/new").status_code == 404
-    assert serving.http.put("/api/datasets/..%2Fx/train", content=task).status_code in (404, 422)
-    assert serving.http.put("/api/datasets/x/validation", content=task).status_code == 422
+    assert put(serving, "..%2Fx", task).status_code == 404
+    assert put(serving, ".x", task).json()["error"]["type"] == "DataUploadError"
+
+
+def test_a_dataset_is_replaced_as_a_whole(serving):
+    """A test file that cannot be stored leaves the old training file too; one that is not sent is gone afterwards."""
+    old, new = b'{"question": "old"}\n', b'{"question": "new"}\n'
+    put(serving, "whole", old, old)
+    assert put(serving, "whole", new, b'{"question"').status_code == 422
+    assert [serving.store.task("whole", split, 0)["question"] for split in ("train", "test")] == ["old", "old"]
+    seen, over = set(), threading.Event()
+
+    def look():
+        while not over.is_set():
+            seen.add(json.dumps(serving.http.get("/api/datasets/whole").json()["splits"]))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for count in (2000, 3, 2000):
+        put(serving, "whole", new * count, old * count)
+    put(serving, "whole", new)
+    over.set()
+    reader.join()
+    both = [{"test": n, "train": n} for n in (1, 2000, 3)]
+    assert seen <= {json.dumps(splits, separators=(", ", ": ")) for splits in [*both, {"train": 1}]}
+    assert serving.http.get("/api/datasets/whole").json()["splits"] == {"train": 1}
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(serving):
     with socket.create_connection(("127.0.0.1", httpx.URL(serving.url).port)) as raw:
-        raw.sendall(b"PUT /api/datasets/broken/train HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        raw.sendall(b"PUT /api/datasets/broken?train=1000000 HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
         raw.sendall(b'{"question": 1}\n' * 1000)
     time.sleep(0.3)
     assert serving.http.get("/api/datasets/broken").status_code == 404
 
 
-def test_client_uploads(serving, dataset, tmp_path):
+def test_client_uploads(serving, dataset, held_out, tmp_path):
     with Client(serving.url) as client:
-        data_id = client.upload_data(dataset, test_file=dataset)
+        data_id = client.upload_data(dataset, test_file=held_out)
         assert client.upload_data(dataset, data_id="mine") == "mine"
     assert serving.store.num_tasks(data_id, "test") == 4 and serving.store.num_tasks("mine", "train") == 4
     assert serving.store.task("mine", "train", 2) == {"question": "2+1?", "ground_truth": "3"}
@@ -151,11 +205,11 @@ def test_client_uploads(serving, dataset, tmp_path):
 # ---- jobs ----
 
 
-def test_a_job_from_upload_to_result(jobs, dataset):
+def test_a_job_from_upload_to_result(jobs, dataset, held_out):
     """The real client, worker processes, training loop and learner."""
     version = jobs.policy.version
     with Client(jobs.url) as client:
-        client.upload_data(dataset, test_file=dataset)
+        client.upload_data(dataset, test_file=held_out)
         result = client.train(fills, nworkers=2, batch_size=2, epochs=1, metadata={"use_cot": True})
     assert result.total_steps == 2 and len(result.train_rewards) == 2 and len(result.test_rewards) == 2
     assert jobs.policy.version == version + 2

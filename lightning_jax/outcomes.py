@@ -1,0 +1,75 @@
+"""What rollouts came to: rewards and metrics of a step and of an evaluation."""
+
+import collections
+import math
+
+import numpy as np
+
+from lightning_jax.store import CallRecord, RolloutRecord
+
+
+def total_reward(record: RolloutRecord) -> float:
+    """What the agent returned plus what its calls earned on the way; NaN for a failed rollout."""
+    return math.nan if record.reward is None else record.reward + sum(call.reward for call in record.calls)
+
+
+def mean(value_n: np.ndarray) -> float:
+    """Mean over the finite values, in float64; NaN without any."""
+    finite_n = value_n[np.isfinite(value_n)].astype(np.float64)
+    return float(finite_n.mean()) if len(finite_n) else math.nan
+
+
+def rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
+    """A training step's, from its rollouts, their total rewards (NaN for a failed one) and their groups."""
+    finite_n = return_n[np.isfinite(return_n)].astype(np.float64)
+    groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
+    flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
+    causes = collections.Counter(record.cause for record in records if record.status == "failed")
+    return {
+        "reward/mean": mean(return_n),
+        "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
+        "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
+        "rollout/count": len(records),
+        "rollout/failed": sum(causes.values()),
+        **completion_metrics([call for record in records for call in record.calls]),
+        **{f"rollout/failed_{cause}": count for cause, count in causes.items()},
+    }
+
+
+def completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
+    """Of model calls: how many, how long, and how many were cut off."""
+    lengths = [len(call.sampled_ids) for call in calls]
+    truncated = [call.finish_reason == "length" for call in calls]
+    return {
+        "rollout/calls": len(lengths),
+        "completion/mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
+        "completion/max_tokens": max(lengths, default=0),
+        "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,
+    }
+
+
+def samples_by_task(records: list[RolloutRecord]) -> dict[str, list[float]]:
+    """The rewards of each task's rollouts, NaN where one failed."""
+    samples: dict[str, list[float]] = {}
+    for record in records:
+        samples.setdefault(record.task_id, []).append(total_reward(record))
+    return samples
+
+
+def mean_or_none(rewards: list[float]) -> float | None:
+    """Mean over the finite values; None without any."""
+    value = mean(np.array(rewards))
+    return value if math.isfinite(value) else None
+
+
+def evaluation_metrics(records: list[RolloutRecord]) -> dict[str, float]:
+    """The mean over tasks of each task's mean reward, and its standard error: a task's samples are not independent."""
+    reward_n = np.array([mean(np.array(rewards)) for rewards in samples_by_task(records).values()])
+    survivors = int(np.isfinite(reward_n).sum())
+    spread = float(np.nanstd(reward_n, ddof=1)) if survivors > 1 else 0.0
+    return {
+        "eval/reward": mean(reward_n),
+        "eval/standard_error": spread / math.sqrt(max(survivors, 1)),
+        "eval/count": len(reward_n),
+        "eval/failed": sum(record.reward is None for record in records),
+    }
