@@ -37,11 +37,14 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]>=0.10,<0.12", *COMMON],
     "tpu": ["jax[tpu]>=0.10,<0.12", *COMMON],
     "ray": ["ray>=2.40"],
+    "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
     "dev": [
         "anthropic>=0.40",
         "hypothesis>=6.100",
         "jsonschema>=4.20",
         "matplotlib>=3.9",
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
         "openai>=1.60",
         "pytest>=8.0",
         "pytest-asyncio>=1.0",

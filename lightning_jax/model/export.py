@@ -1,5 +1,7 @@
 """Writes models as Hugging Face folders, which transformers, vLLM, llama.cpp's converter and this package read."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +19,7 @@ from lightning_jax.model.weights import LAYER_NAMES, TOP_NAMES
 from lightning_jax.text.tokenizer import TOKENIZER_FILES
 
 MAX_SHARD_BYTES = 5_000_000_000
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*")
 _DTYPE_NAMES = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float16): "float16",
@@ -33,18 +36,44 @@ def save_hf(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model folder; a write that fails leaves what was there before.
-
-    Everything is written to a sibling of `folder` and synced to the disk first. A folder that did not exist then
-    appears complete, at once. In one that did, this model's files replace those of the same name, the config last, and
-    weights of an earlier model go; other files stay.
+    """Writes a model folder, which is whole or not there; see `whole_folder`.
 
     Args:
         folder: the Hugging Face folder to make.
-        config, params: the model, in the master (stacked) form.
+        config, params: the model, in the master (stacked) form; JAX or NumPy arrays.
         dtype: float32, bfloat16 or float16, of the stored weights.
         tokenizer_files_from: a folder whose tokenizer files and chat template are copied.
         max_shard_bytes: weights beyond this are split over several files with an index.
+    """
+    with whole_folder(folder) as partial:
+        _write_weights(partial, config, params, np.dtype(dtype), max_shard_bytes)
+        if tokenizer_files_from is not None:
+            for name in TOKENIZER_FILES:
+                if (source := pathlib.Path(tokenizer_files_from) / name).exists():
+                    shutil.copyfile(source, partial / name)
+        write_configs(partial, config, np.dtype(dtype))
+
+
+def save_safetensors(
+    folder: str | pathlib.Path,
+    config: LlamaConfig,
+    params: Params,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the weights alone, under their Hugging Face names. Arguments as for `save_hf`."""
+    with whole_folder(folder) as partial:
+        _write_weights(partial, config, params, np.dtype(dtype), max_shard_bytes)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a folder to write a model into; a write that fails leaves what was there before.
+
+    What is written goes to a sibling of `folder` and is synced to the disk first. A folder that did not exist then
+    appears complete, at once. In one that did, this model's files replace those of the same name, the config last, and
+    weights of an earlier model go; other files stay.
     """
     folder = pathlib.Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,24 +81,20 @@ def save_hf(
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:
-        _write_weights(partial, config, params, np.dtype(dtype), max_shard_bytes)
-        if tokenizer_files_from is not None:
-            for name in TOKENIZER_FILES:
-                if (source := pathlib.Path(tokenizer_files_from) / name).exists():
-                    shutil.copyfile(source, partial / name)
-        ids = {
-            "bos_token_id": config.bos_id,
-            "eos_token_id": list(config.eos_ids) or None,
-            "pad_token_id": config.pad_id,
-        }
-        _write_json(partial / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-        _write_json(partial / "config.json", config.to_hf() | {"torch_dtype": _DTYPE_NAMES[np.dtype(dtype)]})
+        yield partial
         for file in (*partial.iterdir(), partial):
             _sync(file)
         _move(partial, folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_configs(folder: pathlib.Path, config: LlamaConfig, dtype: np.dtype) -> None:
+    """Writes `generation_config.json` and `config.json`, which names the weights' dtype."""
+    ids = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
+    _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+    _write_json(folder / "config.json", config.to_hf() | {"torch_dtype": _DTYPE_NAMES[np.dtype(dtype)]})
 
 
 def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
@@ -80,7 +105,7 @@ def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
     fresh = {file.name for file in partial.iterdir()}
     for name in sorted(fresh, key=lambda name: name == "config.json"):
         os.replace(partial / name, folder / name)
-    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+    for stale in itertools.chain.from_iterable(folder.glob(pattern) for pattern in _WEIGHT_FILES):
         if stale.name not in fresh:
             stale.unlink()
     _sync(folder)

@@ -30,6 +30,7 @@ __all__ = [
     "cast_params",
     "forward",
     "init_params",
+    "rope_frequencies",
     "unembed",
     "unstack_layers",
 ]
@@ -208,23 +209,26 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x_f32.astype(x.dtype) * scale
 
 
-def _rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Rotary frequencies, [h / 2] float32, radians per position (arXiv:2104.09864; Llama 3.1's scaling)."""
-    freq = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+def rope_frequencies(config: LlamaConfig, xp: Any = jnp) -> jax.Array:
+    """Rotary frequencies, [h / 2] float32, radians per position (arXiv:2104.09864; Llama 3.1's scaling).
+
+    `xp` is the array module to compute with: `numpy` where no device is to be touched.
+    """
+    freq = config.rope_theta ** -(xp.arange(0, config.head_dim, 2, dtype=xp.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return freq
     if scaling.original_max_position_embeddings is None:
         return freq / scaling.factor
-    turns = scaling.original_max_position_embeddings * freq / (2 * jnp.pi)  # over the original context
+    turns = scaling.original_max_position_embeddings * freq / (2 * xp.pi)  # over the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
+    keep = xp.clip(keep, 0.0, 1.0)
     return keep * freq + (1 - keep) * freq / scaling.factor
 
 
 def _rope_angles(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sine and cosine of each position's angles, [B, T, h / 2] float32."""
-    angle_bth = position_bt[..., None].astype(jnp.float32) * _rope_frequencies(config)
+    angle_bth = position_bt[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.sin(angle_bth), jnp.cos(angle_bth)
 
 

@@ -105,6 +105,12 @@ def load_model(
     return config, _assemble(config, tensors, dtype, shardings, str(path))
 
 
+def load_arrays(path: str | pathlib.Path, dtype: np.dtype = np.float32) -> tuple[LlamaConfig, Params]:
+    """The same with NumPy arrays: no device is touched."""
+    config, tensors = _open(path)
+    return config, _assemble(config, tensors, dtype, None, str(path), put=lambda value, sharding: value)
+
+
 def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
     found = model_folder(path)
     try:
@@ -115,8 +121,10 @@ def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         raise InvalidConfigError(f"model {str(path)!r} cannot be read: {error}") from error
 
 
-def _assemble(config: LlamaConfig, tensors: Tensors, dtype: jnp.dtype, shardings: Any, path: str) -> Params:
-    """Reads, reshapes and stacks what the config's abstract tree asks for."""
+def _assemble(
+    config: LlamaConfig, tensors: Tensors, dtype: jnp.dtype, shardings: Any, path: str, put: Callable = jax.device_put
+) -> Params:
+    """Reads, reshapes and stacks what the config's abstract tree asks for; `put(array, sharding)` places each."""
     specs = abstract_params(config)
     wanted = {TOP_NAMES[name] for name in specs if name != "layers"}
     wanted |= {_layer_name(name, layer) for name in specs["layers"] for layer in range(config.num_layers)}
@@ -138,7 +146,7 @@ def _assemble(config: LlamaConfig, tensors: Tensors, dtype: jnp.dtype, shardings
             raise InvalidConfigError(f"model {path!r}: {hf_name} is {tensor.T.shape}, its config asks for {shape}")
         return tensor.reshape(shape)
 
-    def leaf(tree_path: tuple[Any, ...], spec: Any, sharding: Any = None) -> jax.Array:
+    def leaf(tree_path: tuple[Any, ...], spec: Any, sharding: Any = None) -> Any:
         name = tree_path[-1].key
         if len(tree_path) == 1:
             value = read(TOP_NAMES[name], name, spec.shape).astype(dtype)
@@ -146,7 +154,7 @@ def _assemble(config: LlamaConfig, tensors: Tensors, dtype: jnp.dtype, shardings
             value = np.empty(spec.shape, dtype)
             for layer in range(config.num_layers):
                 value[layer] = read(_layer_name(name, layer), name, spec.shape[1:])
-        return jax.device_put(value, sharding)
+        return put(value, sharding)
 
     trees = (specs,) if shardings is None else (specs, shardings)
     return jax.tree_util.tree_map_with_path(leaf, *trees)
