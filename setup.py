@@ -38,6 +38,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12", *COMMON],
     "ray": ["ray>=2.40"],
     "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
+    "parquet": ["pyarrow>=17"],  # trajectories as Parquet
     "dev": [
         "anthropic>=0.40",
         "hypothesis>=6.100",
@@ -46,6 +47,7 @@ EXTRAS = {
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "openai>=1.60",
+        "pyarrow>=17",
         "pytest>=8.0",
         "pytest-asyncio>=1.0",
         "pytest-timeout>=2.3",

@@ -87,17 +87,50 @@ class Task(dict):
 
 @dataclass
 class Transition:
-    """One model call: what went in, what came out, and the reward assigned to it."""
+    """One model call: what went in, what came out, and the reward assigned to it.
+
+    Attributes:
+        input: the prompt as the model saw it, chat template and all.
+        output: what the model wrote, without the token that ends a turn.
+        reward: what the call earned: from intermediate rewards, and for the last one what the agent returned as well.
+        metadata: at least `model`, `temperature` and `tool_calls` (in OpenAI's form) where the server recorded it.
+        prompt_ids, sampled_ids: the token ids behind `input` and `output`, the end of the turn included.
+        logprobs: of each sampled id, natural log, under the distribution it was sampled from.
+        policy_version: number of updates behind the weights that sampled.
+        attempt: number of the rollout's attempt, from 1.
+        finish_reason: "stop", "length" or "cancelled".
+    """
 
     input: str
     output: str
     reward: float = 0.0
     metadata: dict = field(default_factory=dict)
+    prompt_ids: list[int] | None = None
+    sampled_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    policy_version: int | None = None
+    attempt: int | None = None
+    finish_reason: str | None = None
+
+    def to_dict(self) -> dict:
+        """JSON-ready; fields that were never set are left out."""
+        printed = {"input": self.input, "output": self.output, "reward": self.reward}
+        rest = {name: value for name, value in vars(self).items() if name not in printed}
+        return printed | {name: value for name, value in rest.items() if value not in (None, {})}
 
 
 @dataclass
 class Trajectory:
-    """One rollout's transitions in order. `total_reward` is their sum unless it is given."""
+    """One rollout's transitions in order.
+
+    Attributes:
+        task_id: the task's identifier, the same for every sample of that task.
+        transitions: dicts of `Transition`'s fields are taken too.
+        total_reward: the sum of the transitions' rewards unless it is given; None for a failed rollout.
+        metadata: `num_steps` and, where the server recorded it, `status` ("succeeded" or "failed"), `job_id`,
+            `rollout_id`, `step`, `mode`, `group`, `sample`, `attempt`, `agent_reward` (what the agent returned),
+            `cause` and `error` (of a failed rollout) and `duration_s`.
+    """
 
     task_id: str
     transitions: list[Transition]
@@ -106,8 +139,17 @@ class Trajectory:
 
     def __post_init__(self):
         self.transitions = [Transition(**t) if isinstance(t, dict) else t for t in self.transitions]
-        if self.total_reward is None:
+        if self.total_reward is None and self.metadata.get("status") != "failed":
             self.total_reward = float(sum(t.reward for t in self.transitions))
+
+    def to_dict(self) -> dict:
+        """JSON-ready, in the form that the API reference prints: `Trajectory(**trajectory.to_dict())` is the same."""
+        return {
+            "task_id": self.task_id,
+            "transitions": [transition.to_dict() for transition in self.transitions],
+            "total_reward": self.total_reward,
+            "metadata": self.metadata,
+        }
 
 
 @dataclass

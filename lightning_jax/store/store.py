@@ -1,7 +1,7 @@
 """The store's one face: what the training loop, the server and model_api ask of it."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lightning_jax.store.database import Database
@@ -9,6 +9,7 @@ from lightning_jax.store.datasets import Datasets, Upload
 from lightning_jax.store.jobs import Jobs
 from lightning_jax.store.records import Attempt, CallRecord, DatasetInfo, RolloutEntry, RolloutRecord
 from lightning_jax.store.rollouts import Rollouts
+from lightning_jax.store.trajectories import Filter, ended_rollouts
 
 
 class Store:
@@ -207,6 +208,11 @@ class Store:
     def finished(self, rollout_ids: Sequence[int]) -> list[RolloutRecord]:
         """Those of these rollouts that succeeded or failed, in the given order, each with its last attempt's calls."""
         return self._rollouts.finished(rollout_ids)
+
+    def ended_rollouts(self, which: Filter, after: int = 0) -> Iterator[tuple[str, RolloutRecord]]:
+        """(job id, rollout) of all that have ended, by rollout id, from `after` (not included) on; read bit by bit."""
+        self._database.flush()
+        return ended_rollouts(self._database, which, after)
 
     def cancel_open(self, job_id: str) -> int:
         """Takes back every rollout of the job that has not ended; their workers are told. Returns how many."""

@@ -59,6 +59,44 @@ def test_the_references_example_trajectory_has_total_1_5():
     )
 
 
+PRINTED = """
+{
+    "task_id": "task-001",
+    "transitions": [
+        {
+            "input": "Generate query for: Capital of France?",
+            "output": "France capital city",
+            "reward": 0.5
+        },
+        {
+            "input": "Question: Capital of France?\\nDocs: Paris is...",
+            "output": "Paris",
+            "reward": 1.0
+        }
+    ],
+    "total_reward": 1.5,
+    "metadata": {"num_steps": 2}
+}
+"""
+
+
+def test_a_trajectory_is_written_as_the_reference_prints_it():
+    trajectory = Trajectory(**json.loads(PRINTED))
+    assert json.dumps(trajectory.to_dict()) == json.dumps(json.loads(PRINTED))
+    step = {
+        "input": "Question: What is 2+2?\nAnswer:",
+        "output": "4",
+        "reward": 1.0,
+        "metadata": {"model": "llama-3.2-3b", "temperature": 0.7, "tool_calls": []},
+    }
+    assert json.dumps(Transition(**step).to_dict()) == json.dumps(step)
+
+
+def test_a_failed_trajectory_has_no_total():
+    failed = Trajectory("t", [Transition("a", "b", 0.5)], metadata={"num_steps": 1, "status": "failed"})
+    assert failed.total_reward is None and Trajectory(**failed.to_dict()) == failed
+
+
 def test_training_result_reads_well():
     result = TrainingResult(0.875, [0.25, 0.5], [0.125, 0.875], ["a/step-1", "a/step-2"], 2, 12.34)
     text = repr(result)
