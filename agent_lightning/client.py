@@ -4,10 +4,12 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from agent_lightning import dataset, settings
 from agent_lightning.agent_source import pack_agent
 from agent_lightning.checkpoint_copies import CheckpointCopies
+from agent_lightning.download import download_model, shown_progress
 from agent_lightning.exceptions import InvalidConfigError
 from agent_lightning.jobs import Job
 from agent_lightning.pool import Pool
@@ -129,7 +131,7 @@ class Client:
             "rollout_timeout": rollout_timeout,
             "max_attempts": max_attempts,
         }
-        copies = CheckpointCopies(checkpoint_dir, self.download_model) if checkpoint_dir else None
+        copies = CheckpointCopies(checkpoint_dir, self._download) if checkpoint_dir else None
         try:
             return training_result(self._run_job("training", spec, agent_func, nworkers, copies))
         finally:
@@ -180,6 +182,40 @@ class Client:
         }
         return eval_result(self._run_job("evaluation", spec, agent_func, nworkers), success_threshold)
 
+    def download_model(
+        self,
+        output_dir: str | os.PathLike,
+        checkpoint: str = "latest",
+        format: str = "huggingface",
+        *,
+        model: str | None = None,
+    ) -> Path:
+        """Downloads a model's weights; a download that is interrupted goes on when it is asked for again.
+
+        Everything arrives beside `output_dir` and is checked by its SHA-256. A folder that did not exist appears
+        complete, at once. In one that did, the model's files replace those of the same name and the weights of an
+        earlier model; other files stay. A download that is killed leaves nothing that a program takes for a model.
+
+        Args:
+            output_dir: the folder to make.
+            checkpoint: `latest`, `best`, `step-N`, a path of a result's `checkpoints`, or `initial`, the model as it
+                was before training. Before the first checkpoint `latest` is `initial`.
+            format: `huggingface` is a folder that transformers, vLLM and this server load: weights, configs, tokenizer
+                and chat template. `safetensors` is the weights alone. Both are in the dtype that the server computes
+                in. `onnx` is a float32 graph with a key/value cache, named as optimum names it, with the configs and
+                the tokenizer; the server needs the extra `onnx` for it.
+            model: which one, where the server trains several: its name, or its number from 1 on; by default the first.
+
+        Returns:
+            The folder's absolute path.
+
+        Raises:
+            InvalidConfigError: there is no such model, checkpoint or format, or the folder cannot be written.
+            ServerConnectionError: the server cannot be reached, or stopped answering for longer than the retries.
+        """
+        with shown_progress(f"{checkpoint} as {format}") as progress:
+            return self._download(output_dir, checkpoint, format, model, progress)
+
     def close(self) -> None:
         """Closes the connections to the server."""
         self._transport.close()
@@ -189,6 +225,10 @@ class Client:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _download(self, output_dir, checkpoint, format="huggingface", model=None, progress=None) -> Path:
+        params = {"checkpoint": os.fspath(checkpoint), "format": format} | ({"model": model} if model else {})
+        return download_model(self._transport, output_dir, params, progress or (lambda *_: None))
 
     def _upload(self, files: dict[str, str | os.PathLike], data_id: str | None = None) -> str:
         files = {split: files[split] for split in dataset.SPLITS if split in files}

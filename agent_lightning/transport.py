@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from agent_lightning import exceptions, settings
@@ -75,7 +76,7 @@ class Transport:
         """
         retries = self.max_retries if max_retries is None else max_retries
         for attempt in range(retries + 1):
-            failure, wait_s = None, _backoff_s(attempt)
+            failure, wait_s = None, backoff_s(attempt)
             try:
                 body = content() if content else None
                 response = self._http.request(method, path, json=json, params=params, content=body)
@@ -92,6 +93,23 @@ class Transport:
                 raise failure
             time.sleep(wait_s)
 
+    @contextmanager
+    def stream(self, path: str, *, params: dict | None = None, headers: dict | None = None) -> Iterator[Any]:
+        """Sends one GET, once, and gives the httpx response with its body still to be read.
+
+        Raises:
+            ServerConnectionError: the server cannot be reached, or the body breaks off while it is read.
+            KeyRefusedError, AgentLightningError: as `request`.
+        """
+        try:
+            with self._http.stream("GET", path, params=params, headers=headers) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error_from(response)
+                yield response
+        except self._errors as error:
+            raise self._unreachable(error) from error
+
     def close(self) -> None:
         self._http.close()
 
@@ -104,7 +122,8 @@ class Transport:
         return wrapped
 
 
-def _backoff_s(attempt: int) -> float:
+def backoff_s(attempt: int) -> float:
+    """Seconds to wait behind try number `attempt`, from 0."""
     return random.uniform(0.5, 1.0) * min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import weights
+from lightning_jax.model import llama, weights
 from lightning_jax.rl import checkpoint
 from lightning_jax.rl import learner as learner_lib
 from lightning_jax.rl.trajectory import Row
@@ -144,6 +144,11 @@ class Policy:
     def version(self) -> int:
         return self._engine.version
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What it computes in."""
+        return self._dtype
+
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling (any thread)
     # -----------------------------------------------------------------------------------------------------------------
@@ -193,6 +198,17 @@ class Policy:
 
     def sampler_metrics(self) -> dict[str, float]:
         return {f"sampler/{name}": value for name, value in self._engine.stats().items()}
+
+    def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
+        """A checkpoint's parameters as NumPy arrays of `dtype`, in the master form; None reads the model itself.
+
+        From the disk, in any thread: the device is not touched. `item` as in `restore`. Raises InvalidConfigError.
+        """
+        if path is None:
+            return weights.load_arrays(self._settings.model.path, dtype)[1]
+        nothing = np.zeros((), dtype)  # stands for arrays of every shape without their memory
+        specs = jax.tree.map(lambda spec: np.broadcast_to(nothing, spec.shape), llama.abstract_params(self.config))
+        return checkpoint.restore_params(path, specs, item=item)
 
     def _make_engine(self) -> engine_lib.Engine:
         s = self._settings.sampler

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import pathlib
 import socket
 import threading
 import time
@@ -11,10 +12,19 @@ import ml_collections
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.policy import Policies, Policy
-from lightning_jax.server import anthropic_messages, control, datasets, openai_chat, openai_shared, wire
+from lightning_jax.server import (
+    anthropic_messages,
+    control,
+    datasets,
+    downloads,
+    openai_chat,
+    openai_shared,
+    wire,
+)
 from lightning_jax.server.auth import RequireKey
 from lightning_jax.server.contract import ApiError, ClientGone
 from lightning_jax.server.roles import Generators
@@ -51,7 +61,9 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         app.state.pulse = control.Pulse(store)
+        app.state.exports = downloads.Exports(policies, pathlib.Path(config.workdir) / "exports")
         yield
+        await run_in_threadpool(app.state.exports.close)
         app.state.pulse.close()
 
     app = FastAPI(title="Lightning JAX", lifespan=lifespan)
@@ -68,6 +80,7 @@ def create_app(
         app.add_route(prefix + "/models", _models, methods=["GET"])
     app.include_router(control.router)
     app.include_router(datasets.router)
+    app.include_router(downloads.router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))

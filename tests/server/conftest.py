@@ -1,6 +1,7 @@
 """A real server over a real engine: a small model with random weights, and one made by hand that calls a tool."""
 
 import dataclasses
+import json
 import shutil
 
 import httpx
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import tokenizers
 
+from agent_lightning import Client
 from lightning_jax import config as config_lib
 from lightning_jax import server
 from lightning_jax.model import attention, export, llama
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.policy import Policies, Policy
+from lightning_jax.sampler.request import SamplingParams, noise_key
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import RolloutEntry, Store
 from lightning_jax.text.tokenizer import load_tokenizer
@@ -189,3 +192,39 @@ def serving(start, random_model) -> Running:
 @pytest.fixture(scope="session")
 def serving_tools(start, tool_model) -> Running:
     return start(tool_model)
+
+
+def fills(resource, task):
+    """Rewards replies with many letters, which random weights vary in."""
+    import httpx
+
+    body = {"messages": [{"role": "user", "content": task.question}], "max_tokens": 8}
+    reply = httpx.post(f"{resource.model_api}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+    return sum(c.isascii() for c in reply["choices"][0]["message"]["content"]) / 8
+
+
+@pytest.fixture(scope="session")
+def trained(start, random_model, tmp_path_factory):
+    """A server that has trained for two steps, with the job's `result` and checkpoints step-1 and step-2.
+
+    `said` is a prompt and a reply that its policy sampled, as ids, with the log-probs of the reply.
+    """
+    settings = {
+        "algorithm.group_size": 2,
+        "algorithm.learning_rate": 1e-2,  # the second checkpoint is clearly another model
+        "runtime.batch_size": 4,
+        "runtime.gradient_accumulation": 1,
+        "runtime.checkpoint_interval": 1,
+        "runtime.remat": "none",
+    }
+    running = start(random_model, jobs=True, **settings)
+    tasks = tmp_path_factory.mktemp("data") / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(4)))
+    with Client(running.url) as client:
+        client.upload_data(tasks)
+        running.result = client.train(fills, nworkers=2, batch_size=2)
+    prompt = running.policy.tokenizer.encode("What is two and two?")
+    sampling = SamplingParams(temperature=1.0, max_tokens=24, noise_key=noise_key("said"))
+    completion = running.policy.sample(prompt, sampling).result()
+    running.said = np.array([*prompt, *completion.token_ids]), np.asarray(completion.logprobs)
+    return running
