@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent_lightning import dataset, settings
@@ -15,7 +15,7 @@ from agent_lightning.jobs import Job
 from agent_lightning.pool import Pool
 from agent_lightning.results import eval_result, training_result
 from agent_lightning.transport import Transport
-from agent_lightning.types import EvalResult, TrainingResult
+from agent_lightning.types import EvalResult, TrainingResult, Trajectory
 
 WORKERS_PER_CORE = 4  # agents mostly wait for the model
 MOST_WORKERS = 64
@@ -215,6 +215,41 @@ class Client:
         """
         with shown_progress(f"{checkpoint} as {format}") as progress:
             return self._download(output_dir, checkpoint, format, model, progress)
+
+    def trajectories(
+        self,
+        job: str | TrainingResult | EvalResult,
+        *,
+        step: int | None = None,
+        mode: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Trajectory]:
+        """The rollouts of a job that have ended, with every model call in them; fetched a page at a time.
+
+        Args:
+            job: a job's id, or what `train` or `evaluate` returned.
+            step: only those of this step: training rollouts of update N have step N, evaluations the number of updates
+                before them.
+            mode: only "train" or only "evaluate".
+            limit: at most so many.
+
+        Raises:
+            InvalidConfigError: there is no such job or mode.
+            ServerConnectionError: the server cannot be reached.
+        """
+        job_id = job if isinstance(job, str) else job.job_id
+        wanted = {"step": step, "mode": mode}
+        return self._trajectories(job_id, {name: value for name, value in wanted.items() if value is not None}, limit)
+
+    def _trajectories(self, job_id: str, params: dict, left: int | None) -> Iterator[Trajectory]:
+        after: int | None = 0
+        while after is not None and left != 0:
+            page = params | {"after": after} | ({"limit": left} if left else {})
+            reply = self._transport.request("GET", f"/api/jobs/{job_id}/trajectories", params=page)
+            for trajectory in reply["trajectories"]:
+                yield Trajectory(**trajectory)
+            left = None if left is None else left - len(reply["trajectories"])
+            after = reply["next"]
 
     def close(self) -> None:
         """Closes the connections to the server."""

@@ -23,6 +23,7 @@ from lightning_jax.server import (
     downloads,
     openai_chat,
     openai_shared,
+    trajectories,
     wire,
 )
 from lightning_jax.server.auth import RequireKey
@@ -81,6 +82,7 @@ def create_app(
     app.include_router(control.router)
     app.include_router(datasets.router)
     app.include_router(downloads.router)
+    app.include_router(trajectories.router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))
