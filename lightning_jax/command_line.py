@@ -61,6 +61,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
     path, rest = _split_config(argv)
     rest = _without_models(rest)
     file = path.split(":")[0]
+    if file.endswith((".yaml", ".yml")):
+        raise InvalidConfigError(f"--config takes a Python file, not {file}", hint=f"give --server_config={file}")
     if not Path(file).is_file():
         raise InvalidConfigError(f"the config file {file} does not exist (flag --config)")
     _argv[:] = [rest[0], f"--config={path}", *rest[1:]]

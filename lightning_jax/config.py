@@ -37,13 +37,15 @@ ENVIRONMENT = {
 }
 AGENT_ENVIRONMENT = ("AGENT_LIGHTNING_SERVER_URL", "LIGHTNING_ENABLE_AIR", "LIGHTNING_MAX_RETRIES")
 
+_LATER_ALGORITHMS = ("ppo", "reinforce++")
 _PPO_ONLY = ("algorithm.critic_lr", "algorithm.actor_lr", "algorithm.gae_lambda", "algorithm.value_clip")
 
 
 def default_config() -> config_dict.ConfigDict:
     """All settings with their defaults; locked, so that a misspelt key in a config file is an error there."""
     c = config_dict.ConfigDict()
-    c.mode = "serve"  # "serve" waits for clients; "train" and "evaluate" run `agent.script` on `data` and end
+    # "train" and "evaluate" run `agent.script` on `data` and end; "plan" only says what memory the settings need
+    c.mode = "serve"  # wait for clients
     c.workdir = "runs/default"  # metrics, checkpoints, store; the same command continues the run; "{seed}" is filled in
     c.seed = 0  # of initial weights, task order and sampling noise
     c.device = "auto"  # "auto" (the best there is), "cpu", "gpu" or "cuda", "tpu"
@@ -144,7 +146,7 @@ _POSITIVE = _Rule(lambda v: v > 0, "greater than 0")
 _DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
 _POWER_OF_TWO = _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
 _RULES = {
-    "mode": _one_of("serve", "train", "evaluate"),
+    "mode": _one_of("serve", "train", "evaluate", "plan"),
     "workdir": _Rule(bool, "a folder's path"),
     "seed": _Rule(lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
@@ -195,6 +197,8 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
         raise InvalidConfigError(f"{key} {problem} ({sources.get(key, 'default')})", hint=hint)
 
     value_of = dict(flatten(config))
+    if config.algorithm.name in _LATER_ALGORITHMS:
+        fail("algorithm.name", f"{config.algorithm.name!r} is not there yet", "this version trains with 'grpo'")
     for key, rule in [*_RULES.items(), *config_models.rules(config, _RULES)]:
         value = value_of[key]
         if not rule.holds(value):
@@ -216,8 +220,8 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
             f"must hold at least one conversation of runtime.max_seq_len ({config.runtime.max_seq_len}) tokens, "
             f"not {config.sampler.kv_cache_tokens}",
         )
-    needs = {"train": ("agent.script", "data.train_file"), "evaluate": ("agent.script", "data.test_file"), "serve": ()}
-    for key in needs[config.mode]:
+    needs = {"train": ("agent.script", "data.train_file"), "evaluate": ("agent.script", "data.test_file")}
+    for key in needs.get(config.mode, ()):
         if not value_of[key]:
             fail(key, f"is empty, and mode {config.mode!r} needs it", f"--config.{key}=FILE")
 

@@ -22,7 +22,7 @@ from agent_lightning import agent_source, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line, config_models
+from lightning_jax import command_line, config_models, memory
 from lightning_jax import config as config_lib
 from lightning_jax.policy import Policies
 from lightning_jax.server import app as server_app
@@ -42,9 +42,12 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # absl's default shows every HTTP request
     config = command_line.merged_config()
-    check_workdir(config)
+    if config.mode != "plan":
+        check_workdir(config)
     start_jax(config)
-    if config.mode == "serve":
+    if config.mode == "plan":
+        show_plan(config)
+    elif config.mode == "serve":
         serve(config)
     else:
         run_agent(config)
@@ -98,10 +101,18 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    ways = max(own.model.tensor_parallel for own in config_models.of_each(config).values())
+    if ways > 1 and jax.config.jax_num_cpu_devices < 0:
+        # So that a configuration for several devices can be tried where there is none. Other platforms ignore it.
+        jax.config.update("jax_num_cpu_devices", ways)
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise InvalidConfigError(f"device {config.device!r} cannot be used: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # the latter where the platform is known and no device is there
+        raise InvalidConfigError(
+            f"device {config.device!r} cannot be used: {str(error) or 'JAX finds none on this machine'}",
+            hint="set LIGHTNING_DEVICE or --config.device to 'auto' or 'cpu'; `agent-lightning doctor` says which "
+            "devices and packages there are",
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +134,19 @@ def serve(config: ml_collections.ConfigDict) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server_app.serve(http, sock)
+
+
+def show_plan(config: ml_collections.ConfigDict) -> None:
+    """Prints the devices, and what the configuration needs of their memory.
+
+    Raises:
+        InvalidConfigError: the model cannot be read, or it does not fit.
+    """
+    print(f"  {_devices()}")
+    plan = memory.plan(config)
+    print(f"  {plan.paths} on each device:")
+    print("\n".join(f"    {line}" for line in plan.table()), flush=True)
+    print(f"  {plan.check() or 'everything fits'}")
 
 
 def run_agent(config: ml_collections.ConfigDict) -> None:
@@ -159,13 +183,27 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
         _say(_summary(config, job["result"]))
 
 
+def _devices() -> str:
+    """The devices, and the memory of one."""
+    devices = jax.local_devices()
+    limit = memory.device_bytes(len(devices))
+    text = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} devices ({devices[0].device_kind})"
+    if limit is None:
+        return text
+    return f"{text} with {memory.in_bytes(limit)}{'' if len(devices) == 1 else ' each'}"
+
+
 def _start_policies(config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> Policies:
     """Loads the models and compiles their samplers, with a bar."""
     from rich.console import Console
     from rich.progress import Progress
 
-    paths = " and ".join(own.model.path for own in config_models.of_each(config).values())
-    _say(f"loading {paths} on {jax.devices()[0].device_kind}")
+    plan = memory.plan(config)
+    _say(f"loading {plan.paths} on {_devices()}: {plan.summary()}")
+    if warning := plan.check():
+        _say(warning)
+    if jax.default_backend() == "cpu" and len(jax.local_devices()) > 1:
+        _say("the devices are parts of one CPU: good for trying a configuration; 1 is many times faster")
     policies = stack.enter_context(contextlib.closing(Policies(config)))
     if policies.restored is not None:
         _say(f"continuing behind step {policies.step} of {config.workdir}")

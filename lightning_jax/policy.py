@@ -126,13 +126,17 @@ class Policy:
             InvalidConfigError: the model cannot be read, or does not fit the settings.
         """
         self._settings = settings
-        self._dtype = _compute_dtype(settings.model.dtype)
+        self._dtype = compute_dtype(settings.model.dtype)
         self._mesh = None
         if settings.model.tensor_parallel > 1:
             self._mesh = mesh_lib.make_mesh(tensor=settings.model.tensor_parallel)
         self.name = name
         self.tokenizer = tokenizer_lib.load_tokenizer(settings.model.path)
-        self.config, self._initial = weights.load_model(settings.model.path)
+        shardings = None
+        if self._mesh is not None:  # so that no device holds a large model as a whole
+            abstract = llama.abstract_params(weights.load_config(settings.model.path))
+            shardings = mesh_lib.shardings(self._mesh, abstract)
+        self.config, self._initial = weights.load_model(settings.model.path, shardings=shardings)
         self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
         self._learner: learner_lib.Learner | None = None
         self._request_ids = itertools.count()
@@ -237,7 +241,7 @@ class Policy:
         return None if self._learner is None else self._learner.state
 
     def make_learner(self) -> None:
-        settings = _learner_settings(self._settings, self._dtype)
+        settings = learner_settings(self._settings, self._dtype)
         self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh)
         self._initial = None
 
@@ -406,14 +410,15 @@ class Policies(Mapping[str, Policy]):
         checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
 
 
-def _compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str) -> jnp.dtype:
     """The dtype to compute in; "auto" is float32 on CPU and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
-def _learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> learner_lib.LearnerSettings:
+def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> learner_lib.LearnerSettings:
+    """What the configuration says of updates."""
     a, r = config.algorithm, config.runtime
     return learner_lib.LearnerSettings(
         learning_rate=a.learning_rate,

@@ -29,6 +29,7 @@ FLOORS = {
     "lightning_jax.rl": 5,
     "lightning_jax.policy": 6,
     "lightning_jax.rows": 6,
+    "lightning_jax.memory": 7,
     "lightning_jax.training": 7,
     "lightning_jax.server": 8,
     "lightning_jax.main": 9,

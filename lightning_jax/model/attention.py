@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lightning_jax.model.llama import Attend
 
 # Longer rows are computed this many queries at a time, so that scores are [B, H, 512, T] and never [B, H, T, T].
-_QUERY_CHUNK = 512
+QUERY_CHUNK = 512
 
 
 def segment_attention(segment_bt: jax.Array, position_bt: jax.Array, sliding_window: int | None = None) -> Attend:
@@ -32,9 +32,9 @@ def segment_attention(segment_bt: jax.Array, position_bt: jax.Array, sliding_win
 
         query = (q_btkgh, segment_bt, position_bt)
         b, t = segment_bt.shape
-        if t <= _QUERY_CHUNK or t % _QUERY_CHUNK:
+        if t <= QUERY_CHUNK or t % QUERY_CHUNK:
             return chunk(query), cache
-        chunked = jax.tree.map(lambda x: x.reshape(b, -1, _QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1), query)
+        chunked = jax.tree.map(lambda x: x.reshape(b, -1, QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1), query)
         out = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), chunked)
         return out.swapaxes(0, 1).reshape(q_btkgh.shape), cache
 

@@ -75,6 +75,8 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
     else:
         found = pathlib.Path(path).expanduser()
         hint = "give a local folder with config.json and *.safetensors, a .gguf file, or builtin:tiny"
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not str(path).endswith(".gguf"):
+            hint += f"; the model of that name on the hub is fetched by `hf download {path} --local-dir {found.name}`"
     if not found.exists():
         raise InvalidConfigError(f"model path {str(path)!r} does not exist", hint=hint)
     return found

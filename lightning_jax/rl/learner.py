@@ -107,7 +107,7 @@ class Learner:
         size = packing.micro_batch_size(
             per_step,
             s.gradient_accumulation,
-            limit=-(-s.batch_size // s.gradient_accumulation) * max(s.max_seq_len, length) // length,
+            limit=s.most_blocks(length),
             multiple=1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"],
         )
         steps = packing.micro_batches(packed, per_step)

@@ -42,7 +42,7 @@ def token_logprobs(
         entropy_bt: [B, T] float32, nats.
     """
     b, t = token_bt.shape
-    chunk = chunk or _chunk_length(b, t, config.vocab_size)
+    chunk = chunk or chunk_length(b, t, config.vocab_size)
     target_bt = jnp.roll(token_bt, -1, axis=1)
     next_temperature_bt = jnp.roll(jnp.where(temperature_bt == 0, 1.0, temperature_bt), -1, axis=1)
 
@@ -69,7 +69,7 @@ def token_logprobs(
         return tuple(jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in (logprob_bt, entropy_bt))
 
 
-def _chunk_length(b: int, t: int, vocab_size: int) -> int:
+def chunk_length(b: int, t: int, vocab_size: int) -> int:
     """The largest T / 2**n that keeps a chunk's logits within bounds."""
     chunk = t
     while chunk % 2 == 0 and b * chunk * vocab_size > _CHUNK_LOGITS:

@@ -61,6 +61,10 @@ class LearnerSettings:
     remat: str | None = None
     compute_dtype: str = "float32"
 
+    def most_blocks(self, length: int) -> int:
+        """The most blocks of `length` tokens that a micro-batch has."""
+        return -(-self.batch_size // self.gradient_accumulation) * max(self.max_seq_len, length) // length
+
 
 @flax.struct.dataclass
 class TrainState:

@@ -109,6 +109,7 @@ def test_all_sources_together(program, tmp_path):
         (("--noconfig.seed",), "--noconfig.seed says nothing"),
         (("--config=absent.py",), "the config file absent.py does not exist (flag --config)"),
         (("--server_confg=x.yaml",), "server_config"),
+        (("--config=server.yaml",), "give --server_config=server.yaml"),
         (("--config=mine.py:9",), "must be a multiple of algorithm.group_size (8), not 9 (mine.py, line 6)"),
         (("--config=mine.py:x",), "ValueError: invalid literal for int() with base 10: 'x' (mine.py, line 6)"),
     ],

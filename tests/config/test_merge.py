@@ -93,6 +93,34 @@ def test_flag_beats_environment_beats_yaml_beats_file_beats_default(tmp_path):
     assert config_lib.merge(**sources).runtime.batch_size == default
 
 
+@pytest.mark.parametrize(
+    "name, key, values",
+    [
+        ("LIGHTNING_MODEL_PATH", "model.path", ("a", "b", "c")),
+        ("LIGHTNING_DEVICE", "device", ("cpu", "cuda", "tpu")),
+        ("LIGHTNING_BATCH_SIZE", "runtime.batch_size", (8, 16, 24)),
+        ("LIGHTNING_LEARNING_RATE", "algorithm.learning_rate", (1e-7, 2e-7, 3e-7)),
+        ("AGENT_LIGHTNING_API_KEY", "server.api_key", ("x", "y", "z")),
+    ],
+)
+def test_every_variable_stands_between_flag_and_yaml(tmp_path, name, key, values):
+    in_yaml, in_environment, in_flag = values
+    *section, leaf = key.split(".")
+    text = f"{section[0]}:\n  {leaf}: {in_yaml}\n" if section else f"{leaf}: {in_yaml}\n"
+    sources = {"yaml_path": write(tmp_path / "c.yaml", text), "environ": {name: str(in_environment)}}
+    flags = {"flag_overrides": {key: str(in_flag)}}
+    assert dict(config_lib.flatten(config_lib.merge(**sources, **flags)))[key] == in_flag
+    assert dict(config_lib.flatten(config_lib.merge(**sources)))[key] == in_environment
+    sources["environ"] = {name: ""}  # set to nothing is not set
+    assert dict(config_lib.flatten(config_lib.merge(**sources)))[key] == in_yaml
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce++"])
+def test_the_algorithms_to_come_are_named_as_such(name):
+    error = error_of(environ={"LIGHTNING_RL_ALGORITHM": name})
+    assert f"{name!r} is not there yet (environment variable LIGHTNING_RL_ALGORITHM)" in error and "'grpo'" in error
+
+
 def test_a_later_source_mends_an_earlier_ones_bad_combination():
     """Values are held against each other once, after the merge."""
     base = {"algorithm": {"group_size": 3}}

@@ -1,0 +1,183 @@
+"""The memory estimate against what arrays and compiled programs really take, and what it advises."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import config as config_lib
+from lightning_jax import memory
+from lightning_jax.model import llama, shapes
+from lightning_jax.policy import Policies, learner_settings
+from lightning_jax.rl import update
+from lightning_jax.rl.packing import Batch
+
+LLAMA_3B = shapes.named_shape("llama3.2-3b")
+SMOLLM2 = shapes.named_shape("smollm2-135m")
+TINY = shapes.named_shape("tiny")
+GB = 1e9
+
+
+def settings(**changes):
+    config = config_lib.default_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def plan(model, limit_gb, **changes):
+    config = settings(**changes)
+    return memory.Plan({config.model.path: model}, config, memory.estimate(model, config), int(limit_gb * GB))
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_what_stays_is_exact(tmp_path):
+    """Against the arrays of a real policy, before and after its learner is made."""
+    config = settings(
+        workdir=str(tmp_path), runtime__max_seq_len=256, sampler__kv_cache_tokens=8190, sampler__max_slots=4
+    )
+    need = memory.estimate(TINY, config)
+    policies = Policies(config)
+    try:
+        policy = policies.first
+        executor = policy._engine._executor
+        assert need.loaded == bytes_of(policy._initial)
+        assert need.sampler == bytes_of(executor._params)
+        assert bytes_of(executor._pages) < need.kv_cache
+        policies.prepare_training()
+        learner = policy._learner
+        assert need.masters == bytes_of(learner.state.params)
+        assert need.optimizer == pytest.approx(bytes_of(learner.state.opt_state), abs=64)  # and a counter or two
+        assert need.reference == bytes_of(learner._reference)
+        totals = jax.eval_shape(update.zero_totals, learner.state.params)
+        assert need.gradients == sum(leaf.size * 4 for leaf in jax.tree.leaves(totals.grads))
+        # Decoding as many rows, as far, as the pages allow: the copy that it works on.
+        rows, width = max(
+            (shape for shape, dense in executor._decode_shapes.items() if dense), key=lambda s: s[0] * s[1]
+        )
+        executor._use_workspace(rows, width)
+        kept = bytes_of(executor._pages) + bytes_of(executor._workspace.arrays)
+        assert kept <= need.kv_cache <= 2 * kept
+    finally:
+        policies.close()
+
+
+@pytest.mark.parametrize(
+    "model, blocks, length, remat",
+    [
+        (TINY, 8, 256, "full"),
+        (TINY, 8, 256, "none"),
+        (TINY, 2, 2048, "full"),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 8, 512, "dots"),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 16, 512, "full"),
+    ],
+    ids=["tiny", "tiny, everything kept", "tiny, long", "smollm2, dots", "smollm2"],
+)
+def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, remat):
+    config = settings(
+        runtime__batch_size=blocks,
+        algorithm__group_size=blocks,
+        runtime__gradient_accumulation=1,
+        runtime__max_seq_len=length,
+        runtime__remat=remat,
+    )
+    learner = learner_settings(config, jnp.dtype("float32"))
+    params = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    dtypes = [jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32]
+    batch = Batch(*(jax.ShapeDtypeStruct((blocks, length), dtype) for dtype in dtypes))
+    num_tokens = jax.ShapeDtypeStruct((), jnp.float32)
+    totals = jax.eval_shape(update.zero_totals, params)
+    lowered = update.accumulate.lower(totals, params, params, batch, None, num_tokens, config=model, settings=learner)
+    compiled = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert 0.9 < memory.estimate(model, config).update / compiled < 1.3
+
+
+def test_devices_share_what_divides():
+    alone, four = (memory.estimate(LLAMA_3B, settings(model__tensor_parallel=ways)) for ways in (1, 4))
+    assert alone.masters == pytest.approx(4 * 3.2e9, rel=0.01)
+    for part in ("masters", "optimizer", "sampler", "kv_cache"):
+        assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=0.001)
+    three = memory.estimate(LLAMA_3B, settings(model__tensor_parallel=3))  # 8 KV heads do not divide by 3
+    assert three.kv_cache == alone.kv_cache
+
+
+def test_two_models_need_both_and_work_one_at_a_time():
+    two = {"models.query.path": "a", "models.answer.path": "b", "models.answer.tensor_parallel": 4}
+    config = config_lib.merge(environ={}, flag_overrides=two)
+    both = memory.estimate_all({"query": TINY, "answer": LLAMA_3B}, config)
+    small = memory.estimate(TINY, settings())
+    large = memory.estimate(LLAMA_3B, settings(model__tensor_parallel=4))
+    for part in ("sampler", "masters", "optimizer", "kv_cache"):
+        assert getattr(both, part) == getattr(small, part) + getattr(large, part)
+    assert (both.update, both.process) == (large.update, small.process)
+
+
+# Whether it fits, and what to change ----------------------------------------------------------------------------------
+
+
+def advised(text: str) -> dict[str, str]:
+    """{"runtime.max_seq_len": "512"} of "set runtime.max_seq_len to 512 (now 4096)"."""
+    return dict(re.findall(r"([\w.]+) to (\S+) \(now", text))
+
+
+@pytest.fixture
+def on_machine(monkeypatch):
+    """Lets devices have so many GB."""
+
+    def of(limit_gb):
+        monkeypatch.setattr(memory, "device_bytes", lambda ways=1: int(limit_gb * GB))
+
+    return of
+
+
+def test_what_fits_is_not_spoken_of(on_machine):
+    on_machine(64)
+    assert plan(TINY, 64, mode="serve").check() is None
+    assert plan(TINY, 64, mode="train", agent__script="a.py", data__train_file="b").check() is None
+
+
+def test_serving_that_cannot_fit_is_refused_before_anything_is_allocated(on_machine):
+    on_machine(26)
+    tight = plan(LLAMA_3B, 26, model__dtype="bfloat16", sampler__kv_cache_tokens=65536)
+    with pytest.raises(InvalidConfigError, match="does not fit: serving it needs at least .* GB") as caught:
+        tight.check()
+    (key, value), *_ = advised(caught.value.hint).items()
+    assert key == "sampler.kv_cache_tokens"
+    changed = settings(model__dtype="bfloat16", sampler__kv_cache_tokens=int(value))
+    assert memory.estimate(LLAMA_3B, changed).serving <= 26 * GB
+    more = settings(model__dtype="bfloat16", sampler__kv_cache_tokens=int(value) + 2048)
+    assert memory.estimate(LLAMA_3B, more).serving > 26 * GB
+
+
+def test_an_update_that_may_not_fit_is_a_warning_with_a_number(on_machine):
+    on_machine(16)
+    warning = plan(SMOLLM2, 16, mode="serve").check()
+    assert "as long as it may be" in warning
+    number = int(advised(warning)["runtime.gradient_accumulation"])
+    assert memory.estimate(SMOLLM2, settings(runtime__gradient_accumulation=number)).peak <= 16 * GB
+    assert memory.estimate(SMOLLM2, settings(runtime__gradient_accumulation=number // 2)).peak > 16 * GB
+
+
+def test_several_settings_where_one_is_not_enough(on_machine):
+    on_machine(9)
+    config = {"runtime.gradient_accumulation": 4, "sampler.kv_cache_tokens": 65536}
+    warning = plan(SMOLLM2, 9, mode="serve").check()
+    changes = advised(warning)
+    assert len(changes) > 1 and " and " in warning
+    changed = settings()
+    for key, value in changes.items():
+        changed.update_from_flattened_dict({key: value if key == "model.dtype" else int(float(value))})
+    assert memory.estimate(SMOLLM2, changed).peak <= 9 * GB
+    assert config.keys() <= changes.keys()
+
+
+def test_what_no_setting_mends_says_so(on_machine):
+    on_machine(1)
+    with pytest.raises(InvalidConfigError, match="choose a smaller model"):
+        plan(LLAMA_3B, 1, mode="train").check()
