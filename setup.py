@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BASE = ["cloudpickle>=3.0", "httpx>=0.27", "rich>=13.7"]
+BASE = ["argcomplete>=3.3", "cloudpickle>=3.0", "httpx>=0.27", "rich>=13.7"]
 
 # Everything of the server but JAX itself, which the accelerator extras ask for with their plugins.
 COMMON = [
