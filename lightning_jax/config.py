@@ -410,7 +410,7 @@ def merge(
             config_models.add(config, default_config(), key.split(".")[1])
         config.update_from_flattened_dict({key: value})
         sources[key] = source
-    config.lock()
+    config.models.lock()
     config.workdir = config.workdir.replace("{seed}", str(config.seed))
     validate(config, sources)
     return config

@@ -44,6 +44,31 @@ def test_resource_metadata_defaults_to_empty():
     assert Resource("http://x", "m", "t", 0).metadata == {}
 
 
+def test_several_models_have_urls_by_number_and_by_name():
+    resource = Resource("http://x/rollout/t", "query", "t", 0, model_names=["query", "answer"])
+    assert resource.model_api_1 == "http://x/rollout/t/model/1"
+    assert resource.model_api_2 == "http://x/rollout/t/model/2"
+    assert resource.model_apis == {
+        "query": "http://x/rollout/t/model/query",
+        "answer": "http://x/rollout/t/model/answer",
+    }
+    with pytest.raises(AttributeError, match="no model_api_3: the server trains 2 models, query, answer"):
+        _ = resource.model_api_3
+    with pytest.raises(KeyError, match="no model 'judge'; there are query, answer"):
+        resource.model_apis["judge"]
+    for name in ("model_api_0", "model_api_", "model_api_x", "models"):
+        assert not hasattr(resource, name)
+    assert pickle.loads(pickle.dumps(resource)) == copy.deepcopy(resource) == resource
+
+
+def test_a_single_model_has_a_url_for_every_role():
+    resource = Resource("http://x/rollout/t", "tiny", "t", 0)
+    assert resource.model_names == ["tiny"]
+    assert resource.model_apis["tiny"] == resource.model_api
+    assert resource.model_api_7 == "http://x/rollout/t/model/7"
+    assert resource.model_apis["judge"] == "http://x/rollout/t/model/judge"
+
+
 def test_the_references_example_trajectory_has_total_1_5():
     trajectory = Trajectory(
         task_id="task-001",

@@ -146,5 +146,21 @@ def test_a_config_file_may_return_a_plain_partial_dict(program, tmp_path):
     assert (found["seed"], found["model"]["path"], found["model"]["dtype"]) == (9, "x", "auto")
 
 
+def test_models_are_named_by_flags_alone_or_changed_by_them(program, tmp_path):
+    (tmp_path / "two.py").write_text(
+        "def get_config():\n    return {'models': {'query': {'path': 'a'}, 'answer': {'path': 'b'}}}\n"
+    )
+    changed = settings(program("--config.models.query.path=c", "--config=two.py"))["models"]
+    assert {name: entry["path"] for name, entry in changed.items()} == {"query": "c", "answer": "b"}
+    flags = ("--config.models.query.path", "a", "--config.models.answer.path=b", "--config.models.answer.dtype=float32")
+    named = settings(program(*flags))["models"]
+    assert {name: (entry["path"], entry["dtype"]) for name, entry in named.items()} == {
+        "query": ("a", "auto"),
+        "answer": ("b", "float32"),
+    }
+    says = error(program("--config.models.query.paht=a"))
+    assert "did you mean 'models.query.path'?" in says and "flag --config.models.query.paht" in says
+
+
 def test_help_lists_the_flags(program):
     assert "--server_config: A YAML file of settings." in program("--help").stdout

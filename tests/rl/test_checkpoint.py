@@ -208,6 +208,43 @@ def test_a_save_that_was_killed_never_looks_finished(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["latest", f"step-{finished + 1}"]
 
 
+SAVE_TWO_AND_DIE = """
+import os, signal, sys, jax.numpy as jnp
+from pathlib import Path
+from lightning_jax.rl import checkpoint, update
+
+class Dying(dict):
+    def items(self):
+        for name, state in super().items():
+            if name == "b" and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield name, state
+
+for step in (1, 2):
+    state = update.init_state(update.LearnerSettings(), {"embed_vd": jnp.full((3, 2), step)})
+    checkpoint.save(Path(sys.argv[1]), step, Dying(a=state, b=state), {"step": step}, max_to_keep=1)
+"""
+
+
+def test_several_models_are_saved_together_or_not_at_all(tmp_path):
+    """A kill between the two models' files: both are still there as of the step before."""
+    process = run_python(SAVE_TWO_AND_DIE, tmp_path)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, error
+    assert (tmp_path / "tmp.step-2" / "a" / "params").is_dir(), "the kill came behind the first"
+    assert checkpoint.all_steps(tmp_path) == [tmp_path / "step-1"]
+    wanted = jax.eval_shape(lambda p: update.init_state(LearnerSettings(), p), {"embed_vd": np.zeros((3, 2))})
+    for item in ("a", "b"):
+        state, extra = checkpoint.restore(tmp_path, wanted, item=item)
+        assert extra == checkpoint.read_extra(tmp_path, item=item) == {"step": 1}
+        assert_equal(state.params, checkpoint.restore_params(tmp_path, wanted.params, item=item))
+        np.testing.assert_array_equal(state.params["embed_vd"], np.ones((3, 2)))
+    with pytest.raises(InvalidConfigError, match="holds no model 'c'\n.*it holds the models a, b"):
+        checkpoint.restore_params(tmp_path, wanted.params, item="c")
+    with pytest.raises(InvalidConfigError, match="no parameters of a single model"):
+        checkpoint.restore(tmp_path, wanted)
+
+
 SAVE_WITHOUT_SPACE = """
 import sys, json, resource, jax
 from pathlib import Path

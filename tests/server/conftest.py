@@ -13,7 +13,7 @@ import tokenizers
 
 from agent_lightning import Client
 from lightning_jax import config as config_lib
-from lightning_jax import server
+from lightning_jax import config_models, server
 from lightning_jax.model import attention, export, llama
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.policy import Policies, Policy
@@ -142,9 +142,13 @@ class Running:
 
 
 def settings(model, workdir, **overrides) -> ml_collections.ConfigDict:
+    """A configuration of small sizes; `model` is a folder, or several models' by name."""
     config = config_lib.default_config()
+    several = model if isinstance(model, dict) else {}
+    for name in several:
+        config_models.add(config, config, name)
     flat = {
-        "model.path": str(model),
+        **({f"models.{name}.path": str(path) for name, path in several.items()} or {"model.path": str(model)}),
         "workdir": str(workdir),
         "runtime.max_seq_len": 256,
         "sampler.max_slots": 8,
