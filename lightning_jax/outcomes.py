@@ -37,11 +37,12 @@ def rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n:
 
 
 def completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
-    """Of model calls: how many, how long, and how many were cut off."""
+    """Of model calls: how many, how many of them under a grammar or the like, how long, and how many were cut off."""
     lengths = [len(call.sampled_ids) for call in calls]
     truncated = [call.finish_reason == "length" for call in calls]
     return {
         "rollout/calls": len(lengths),
+        "rollout/constrained_calls": sum(call.constrained for call in calls),
         "completion/mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
         "completion/max_tokens": max(lengths, default=0),
         "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,

@@ -74,7 +74,7 @@ class Learner:
 
         The policy that sampled is taken to be the one the update begins with, and its log-probs are computed here, so
         that the sampler's rounding has no part in the curve. The recorded ones are compared with them in
-        `policy/sampler_learner_logprob_diff`.
+        `policy/sampler_learner_logprob_diff`, where they are of the same distribution (`Row.on_policy`).
 
         Args:
             rows: of the rollouts to train on (see `advantages.trained_rollouts`), in any order.
@@ -175,10 +175,11 @@ def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dic
         "policy/ratio_max": column("ratio_max").max(),
         "policy/grad_norm": column("grad_norm").mean(),
         "policy/learning_rate": column("learning_rate")[-1],
-        "policy/sampler_learner_logprob_diff": column("logprob_diff").sum() / num_tokens,
-        "policy/sampler_learner_logprob_diff_max": column("logprob_diff_max").max(),
         "policy/skipped_steps": column("skipped").sum(),
     }
+    if compared := column("on_policy").sum():
+        metrics["policy/sampler_learner_logprob_diff"] = column("logprob_diff").sum() / compared
+        metrics["policy/sampler_learner_logprob_diff_max"] = column("logprob_diff_max").max()
     if has_reference:
         metrics["policy/kl"] = column("kl").sum() / num_tokens
     return {name: float(value) for name, value in metrics.items()}

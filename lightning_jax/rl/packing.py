@@ -25,6 +25,7 @@ class Batch:
     advantage_bt: jax.Array  # float32; 0 where loss_mask_bt is False
     sampler_logprob_bt: jax.Array  # float32, nats; 0 where loss_mask_bt is False
     temperature_bt: jax.Array  # float32; 1 where loss_mask_bt is False
+    on_policy_bt: jax.Array  # bool, see `trajectory.Row`; True in padding
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:
@@ -71,6 +72,7 @@ def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
             batch.advantage_bt[span] = np.where(row.loss_mask, advantage_n[row.rollout_index], 0)
             batch.sampler_logprob_bt[span] = row.sampler_logprob
             batch.temperature_bt[span] = row.temperature
+            batch.on_policy_bt[span] = row.on_policy
             start += len(row)
     return batch
 
@@ -89,6 +91,7 @@ def empty_blocks(count: int, length: int) -> Batch:
         advantage_bt=full(0, np.float32),
         sampler_logprob_bt=full(0, np.float32),
         temperature_bt=full(1, np.float32),
+        on_policy_bt=full(True, np.bool_),
     )
 
 

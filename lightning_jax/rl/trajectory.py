@@ -24,6 +24,7 @@ class TokenCall:
         sampled_ids: what it sampled, with the end-of-sequence id if it sampled one.
         logprobs: [len(sampled_ids)] float32, nats, under the distribution that was sampled from.
         temperature: that it was sampled with; 0 is greedy.
+        constrained: a grammar, penalties or the like changed the distribution, see `SamplingParams.constrained`.
         policy_version: of the weights that sampled.
         reward: credited to this call.
     """
@@ -36,6 +37,7 @@ class TokenCall:
     temperature: float = 1.0
     policy_version: int = 0
     reward: float = 0.0
+    constrained: bool = False
 
 
 @dataclasses.dataclass
@@ -48,6 +50,10 @@ class Row:
         sampler_logprob: float32, nats, as recorded; 0 where `loss_mask` is False.
         temperature: float32; 1 where `loss_mask` is False.
         rollout_index: the rollout in the step's batch that the row belongs to.
+        on_policy: bool, False on tokens of a `TokenCall.constrained`; by default all are True. Those tokens are trained
+            on like the others, as if the policy had drawn them itself: the more it agrees with the grammar, the truer
+            that is. But their recorded log-probs are of another distribution than the learner's, and are not compared
+            with its own.
     """
 
     token_ids: np.ndarray
@@ -55,6 +61,11 @@ class Row:
     sampler_logprob: np.ndarray
     temperature: np.ndarray
     rollout_index: int
+    on_policy: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.on_policy is None:
+            self.on_policy = np.ones(len(self.token_ids), bool)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -108,6 +119,7 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         row.loss_mask[sampled] = True
         row.sampler_logprob[sampled] = call.logprobs
         row.temperature[sampled] = call.temperature
+        row.on_policy[sampled] = not call.constrained
     return row
 
 

@@ -20,7 +20,7 @@ from lightning_jax.model import attention, llama
 from lightning_jax.rl import losses
 from lightning_jax.rl.packing import Batch
 
-SUMS = ("loss", "kl", "entropy", "clipped", "ratio", "logprob_diff")
+SUMS = ("loss", "kl", "entropy", "clipped", "ratio", "logprob_diff", "on_policy")
 MAXIMA = ("ratio_max", "logprob_diff_max")
 
 
@@ -139,8 +139,10 @@ def accumulate(
             kl_coef=settings.kl_coef,
             entropy_coef=settings.entropy_coef,
         )
-        diff_bt = jnp.where(batch.loss_mask_bt, jnp.abs(old_bt - batch.sampler_logprob_bt), 0.0)
-        return loss, scalars | {"logprob_diff": jnp.sum(diff_bt), "logprob_diff_max": jnp.max(diff_bt)}
+        compared_bt = batch.loss_mask_bt & batch.on_policy_bt
+        diff_bt = jnp.where(compared_bt, jnp.abs(old_bt - batch.sampler_logprob_bt), 0.0)
+        scalars |= {"logprob_diff": jnp.sum(diff_bt), "logprob_diff_max": jnp.max(diff_bt)}
+        return loss, scalars | {"on_policy": jnp.sum(compared_bt, dtype=jnp.float32)}
 
     grads, scalars = jax.grad(loss, has_aux=True)(params)
     grads = jax.tree.map(jnp.add, totals.grads, grads)

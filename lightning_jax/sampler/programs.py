@@ -264,24 +264,26 @@ def _sample_shaped(
     logits_bv: jax.Array, rows: jax.Array, uniform_b: jax.Array, shaping: Shaping, i: jax.Array, num_top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token, log-prob, and the likeliest tokens, [B, 2 * num_top] int32, of step `i`."""
-    # Behind conditions, so that what is not shaped is computed from the same array by the same code as without.
     logits_bv = jax.lax.cond(
         i < shaping.shaped_steps,
         lambda x: sampling.shape_logits(x, shaping.allowed_bw, shaping.penalties),
         lambda x: x,
         logits_bv,
     )
+    # Without the barriers XLA moves what follows into the branches, where it rounds otherwise than in a round without
+    # shapes; and ranking computes the distribution once more rather than take part in the computation of the first.
+    logits_bv = jax.lax.optimization_barrier(logits_bv)
+    token_b, logprob_b = jax.lax.optimization_barrier(_sample(logits_bv, rows, uniform_b))
 
-    def ranked() -> tuple[jax.Array, jax.Array, jax.Array]:
-        token_b, logprob_b, top_bn, top_logprob_bn = sampling.sample_and_rank(
-            logits_bv, _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P]), uniform_b, num_top
-        )
-        return token_b, logprob_b, jnp.concatenate([top_bn, _bits(top_logprob_bn)], axis=-1)
+    def ranked(logits_bv: jax.Array) -> jax.Array:
+        filters = _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P])
+        top_bn, top_logprob_bn = sampling.rank(logits_bv, *filters, num_top)
+        return jnp.concatenate([top_bn, _bits(top_logprob_bn)], axis=-1)
 
-    def plain() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return *_sample(logits_bv, rows, uniform_b), jnp.zeros((logits_bv.shape[0], 2 * num_top), jnp.int32)
+    def unranked(logits_bv: jax.Array) -> jax.Array:
+        return jnp.zeros((logits_bv.shape[0], 2 * num_top), jnp.int32)
 
-    return jax.lax.cond(shaping.rank, ranked, plain)
+    return token_b, logprob_b, jax.lax.cond(shaping.rank, ranked, unranked, logits_bv)
 
 
 def _stops(token_b: jax.Array, rows: jax.Array) -> jax.Array:

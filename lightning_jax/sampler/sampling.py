@@ -46,30 +46,27 @@ def sample(
         token_b: [B] int32.
         logprob_b: [B] float32, nats, of the distribution drawn from; of softmax(logits) in greedy rows.
     """
-    token_b, logprob_b, _, _ = _draw(logits_bv, temperature_b, top_k_b, top_p_b, uniform_b)
-    return token_b, logprob_b
+    x_bv, max_b1, weight_bv = _weights(logits_bv, temperature_b, top_k_b, top_p_b)
+    drawn_b, total_b = _invert_cdf(weight_bv, uniform_b)
+    vocab = jnp.arange(logits_bv.shape[-1], dtype=jnp.int32)
+    likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
+    token_b = jnp.where(temperature_b <= 0.0, likeliest_b, drawn_b)
+    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
+    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b)
 
 
-def sample_and_rank(
-    logits_bv: jax.Array,
-    temperature_b: jax.Array,
-    top_k_b: jax.Array,
-    top_p_b: jax.Array,
-    uniform_b: jax.Array,
-    count: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`sample`, and the likeliest tokens of the distribution that it draws from.
+def rank(
+    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens of the distributions that `sample` draws from.
 
     Returns:
-        token_b, logprob_b: as `sample`.
-        top_bn: [B, count] int32, likeliest first.
-        top_logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
+        token_bn: [B, count] int32, likeliest first.
+        logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
     """
-    token_b, logprob_b, weight_bv, x_bv = _draw(logits_bv, temperature_b, top_k_b, top_p_b, uniform_b)
-    kept_bv = jnp.where(weight_bv > 0.0, x_bv, -jnp.inf)
-    top_x_bn, top_bn = jax.lax.top_k(kept_bv, count)
-    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
-    return token_b, logprob_b, top_bn, top_x_bn - (chosen_b - logprob_b)[:, None]
+    x_bv, max_b1, weight_bv = _weights(logits_bv, temperature_b, top_k_b, top_p_b)
+    top_bn, token_bn = jax.lax.top_k(jnp.where(weight_bv > 0.0, x_bv, -jnp.inf), count)
+    return token_bn, top_bn - max_b1 - jnp.log(jnp.sum(weight_bv, axis=-1, keepdims=True))
 
 
 class Penalties(NamedTuple):
@@ -101,10 +98,10 @@ def _unpack(bits_bw: jax.Array, vocab_size: int) -> jax.Array:
     return bits_bwn.reshape(bits_bw.shape[0], -1)[:, :vocab_size] > 0
 
 
-def _draw(
-    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, uniform_b: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`sample`'s token and log-prob, the weights [B, V] that the token was drawn by, and the logits by temperature."""
+def _weights(
+    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits by temperature, [B, V], their largest, [B, 1], and what tokens are drawn by, [B, V], at most 1."""
     greedy_b = temperature_b <= 0.0
     x_bv = logits_bv / jnp.where(greedy_b, 1.0, temperature_b)[:, None]
     max_b1 = jnp.max(x_bv, axis=-1, keepdims=True)
@@ -117,12 +114,7 @@ def _draw(
         lambda w: w,
         weight_bv,
     )
-    drawn_b, total_b = _invert_cdf(weight_bv, uniform_b)
-    vocab = jnp.arange(logits_bv.shape[-1], dtype=jnp.int32)
-    likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
-    token_b = jnp.where(greedy_b, likeliest_b, drawn_b)
-    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
-    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b), weight_bv, x_bv
+    return x_bv, max_b1, weight_bv
 
 
 def _invert_cdf(weight_bv: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -308,6 +308,7 @@ class Generation:
             finish_reason=finish_reason,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            constrained=sampling.constrained,
             index=prepared.indices[i],
             model=self._policy.name,
             role=prepared.role,

@@ -69,6 +69,7 @@ class CallRecord:
         parent: the call whose prompt and sample this prompt begins with: its `index` while the attempt runs, its
             position in `RolloutRecord.calls` afterwards; None for a fresh prompt.
         temperature, top_p, top_k: the sampling parameters in force.
+        constrained: the tokens were not drawn from the policy's own distribution, see `SamplingParams.constrained`.
         policy_version: version of the weights when sampling began.
         finish_reason: "stop", "length" or "cancelled".
         model: name of the policy that sampled.
@@ -96,6 +97,7 @@ class CallRecord:
     tools: Sequence[dict] | None = None
     reply: dict = dataclasses.field(default_factory=dict)
     request: dict = dataclasses.field(default_factory=dict)
+    constrained: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,7 @@ class Rollouts:
         if attempt.ended:
             return False
         attempt.calls.append(call)
-        kept = ("model", "role", "messages", "tools", "reply", "request")
+        kept = ("constrained", "model", "role", "messages", "tools", "reply", "request")
         content = {name: getattr(call, name) for name in kept}
         row = (
             attempt.attempt_id,

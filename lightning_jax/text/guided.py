@@ -1,8 +1,9 @@
 """Grammars: which tokens a reply may go on with, to become JSON of a schema, a tool call, or a text of another form.
 
 A `Guide` belongs to one tokenizer and compiles `Grammar`s; a `Cursor` follows one reply through its grammar and gives a
-mask of the vocabulary before each token. The llguidance library does the parsing, on bytes, so every way to cut a text
-into tokens is allowed. Nothing here knows how tokens are chosen.
+mask of the vocabulary before each token. The llguidance library does the parsing, on bytes: a text may be cut into
+tokens in any way, except where the grammar leaves no choice about it, which is cut as the tokenizer does it. Nothing
+here knows how tokens are chosen.
 
 JSON is written with little white space, see `_WHITE_SPACE`: a model that is unsure may otherwise write spaces until its
 tokens are used up.
@@ -59,7 +60,7 @@ class Cursor:
         An end-of-sequence id may come where the reply is complete, and only that where nothing can follow.
 
         Raises:
-            ValueError: the grammar became too complex to follow.
+            ValueError: the grammar became too complex to follow, or wants a character that no token can spell.
         """
         mask = self._matcher.compute_bitmask()
         self._check()
@@ -74,8 +75,7 @@ class Cursor:
         if token_id in self._eos_ids:
             self.finished = True
         elif not self._matcher.consume_token(token_id):
-            self._check()
-            raise ValueError(f"the grammar does not allow token {token_id} here")
+            raise ValueError(f"the grammar does not allow token {token_id}: {_first_line(self._matcher.get_error())}")
 
     def _check(self) -> None:
         if self._matcher.is_error():

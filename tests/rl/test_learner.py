@@ -245,6 +245,20 @@ def test_metrics_by_hand(config, params, rows, advantages):
     assert 0 < metrics["train/padding_fraction"] < 1
 
 
+def test_constrained_tokens_are_trained_on_but_not_compared(config, params, rows, advantages):
+    settings = dataclasses.replace(SETTINGS, kl_coef=0, entropy_coef=0)
+    plain = Learner(config, params, settings).update(rows, advantages)
+    constrained = [dataclasses.replace(row, on_policy=~row.loss_mask) for row in rows]
+    metrics = Learner(config, params, settings).update(constrained, advantages)
+    assert not any("logprob_diff" in name for name in metrics)
+    assert metrics == {name: value for name, value in plain.items() if "logprob_diff" not in name}
+
+    constrained[0] = rows[0]
+    rows[0].sampler_logprob = rows[0].sampler_logprob - 100.0 * rows[0].loss_mask
+    metrics = Learner(config, params, settings).update(constrained, advantages)
+    assert 90 < metrics["policy/sampler_learner_logprob_diff"] < 100  # of this row's tokens, not of all
+
+
 def test_several_optimizer_steps_share_the_log_probs_of_the_first(config, params, rows, advantages):
     """With a large step, the policy of the second half is far from the one that sampled, and the bounds hold it."""
     settings = dataclasses.replace(SETTINGS, learning_rate=0.02, optimizer_steps=2)

@@ -25,6 +25,14 @@ def test_a_conversation_is_one_row_with_its_observations_masked():
     assert (row.token_ids.dtype, row.sampler_logprob.dtype) == (np.int32, np.float32)
 
 
+def test_tokens_of_constrained_calls_are_trained_on_and_marked():
+    first = call(0, None, [1, 2], [3, 4], constrained=True)
+    second = call(1, 0, [1, 2, 3, 4, 5], [6])
+    (row,) = build_rows([first, second], 0)
+    np.testing.assert_array_equal(row.loss_mask, [0, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(row.on_policy, [1, 1, 0, 0, 1, 1])
+
+
 def test_calls_that_do_not_extend_one_another_are_rows_of_their_own():
     rows = build_rows([call(0, None, [1], [2]), call(1, None, [1, 2], [3])], 0)
     assert [row.token_ids.tolist() for row in rows] == [[1, 2], [1, 2, 3]]
