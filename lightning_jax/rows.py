@@ -44,4 +44,5 @@ def _token_call(call: CallRecord) -> trajectory.TokenCall:
         temperature=call.temperature,
         policy_version=call.policy_version,
         reward=call.reward,
+        constrained=call.constrained,
     )

@@ -7,6 +7,8 @@ import numpy as np
 import openai
 import pytest
 
+from lightning_jax import rows
+
 USER = [{"role": "user", "content": "2+2?"}]
 SCHEMA = {
     "type": "object",
@@ -154,4 +156,6 @@ def test_in_training_the_distribution_is_the_servers_and_the_form_the_agents(ser
         asked = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"enum": ["x", "y"]}, "strict": True}}
         assert json.loads(create(agent, response_format=asked, max_tokens=10).choices[0].message.content) in ("x", "y")
     (record,) = serving.finish(job, leases, ids)
-    assert len(record.calls) == 2
+    assert [call.constrained for call in record.calls] == [False, True]
+    marked = [row.on_policy[row.loss_mask].tolist() for row in rows.build([record], np.array([True]), None)]
+    assert sorted(map(set, marked)) == [{False}, {True}]
