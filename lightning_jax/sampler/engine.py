@@ -3,6 +3,10 @@
 A round prefills what was admitted, decodes a few tokens for everyone, and only then reads what the round before
 sampled, so the device has work while the host thinks. Rows that stop in the middle of a round stop on the device; the
 host learns of it one round late and loses nothing but an idle row.
+
+A request whose next token depends on what the host makes of the last one (a grammar, penalties) has a `shaping.Shape`.
+It takes one step of a round, sits out the next one while its token is read, and then takes part with a new mask; the
+others in the batch sample on. Rounds that hold such a request run another compiled program than those that do not.
 """
 
 import collections
@@ -23,8 +27,6 @@ from lightning_jax.sampler.shaping import Shape
 __all__ = ["Completion", "Engine", "QueueFull", "Request", "SamplingParams", "noise_key"]
 
 _log = logging.getLogger(__name__)
-
-_HASTE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +246,7 @@ class Engine:
 
     def _decode(self, members: list[scheduler.Sequence]) -> None:
         waiting = [sequence for sequence in self._scheduler.running.values() if sequence.waits]
-        # Who waits for the host after every token gets one in each second round: for them rounds are shorter.
-        steps = (
-            max(1, self.decode_steps // _HASTE) if waiting or any(s.stepwise for s in members) else self.decode_steps
-        )
+        steps = self._round_steps(members, waiting)
         sampled, top, rows = self._executor.decode(members, waiting, steps)
         self._counts["decode_rounds"] += 1
         entries = []
@@ -257,6 +256,17 @@ class Engine:
             sequence.in_flight += count
             sequence.fresh = False
         self._rounds.append(_Round(entries, sampled, top))
+
+    def _round_steps(self, members: list[scheduler.Sequence], waiting: list[scheduler.Sequence]) -> int:
+        """Steps of a round. Who waits for the host after each token gets one in every second round: so rounds become
+        shorter as such requests become more, and stay long where one of them is among many others.
+        """
+        stepwise = len(waiting) + sum(sequence.stepwise for sequence in members)
+        free = len(members) + len(waiting) - stepwise
+        if not stepwise:
+            return self.decode_steps
+        share = -(-self.decode_steps * free // (free + self.decode_steps * stepwise))
+        return min(self.decode_steps, max(2, share))
 
     # Results ----------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Shaping(NamedTuple):
     steps: jax.Array  # [] int32, the most steps that the round takes
     placed_b: jax.Array  # [B] bool, rows that go on from `state_bs` and not from their slot
     state_bs: jax.Array  # [B, STATE_WIDTH] int32
-    allowed_bw: jax.Array  # [B, W] uint32, see `sampling.shape_logits`
+    allowed_bw: jax.Array  # [B, W] uint32, see `sampling.shape`
     shaped_steps: jax.Array  # [] int32, the steps, from the first on, for which `allowed_bw` and `penalties` hold
     rank: jax.Array  # [] bool, whether the likeliest tokens are wanted
     penalties: sampling.Penalties | None
@@ -264,26 +264,24 @@ def _sample_shaped(
     logits_bv: jax.Array, rows: jax.Array, uniform_b: jax.Array, shaping: Shaping, i: jax.Array, num_top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token, log-prob, and the likeliest tokens, [B, 2 * num_top] int32, of step `i`."""
-    logits_bv = jax.lax.cond(
-        i < shaping.shaped_steps,
-        lambda x: sampling.shape_logits(x, shaping.allowed_bw, shaping.penalties),
-        lambda x: x,
-        logits_bv,
-    )
-    # Without the barriers XLA moves what follows into the branches, where it rounds otherwise than in a round without
-    # shapes; and ranking computes the distribution once more rather than take part in the computation of the first.
-    logits_bv = jax.lax.optimization_barrier(logits_bv)
-    token_b, logprob_b = jax.lax.optimization_barrier(_sample(logits_bv, rows, uniform_b))
+    filters = _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P])
+    with jax.named_scope("sample"):
+        x_bv = jax.lax.cond(
+            i < shaping.shaped_steps,
+            lambda x: sampling.shape(x, filters[0], shaping.allowed_bw, shaping.penalties),
+            lambda x: x,
+            sampling.temper(logits_bv, filters[0]),
+        )
+        token_b, logprob_b = sampling.draw(x_bv, *filters, uniform_b)
 
-    def ranked(logits_bv: jax.Array) -> jax.Array:
-        filters = _float(rows[:, TEMPERATURE]), rows[:, TOP_K], _float(rows[:, TOP_P])
-        top_bn, top_logprob_bn = sampling.rank(logits_bv, *filters, num_top)
+    def ranked(x_bv: jax.Array) -> jax.Array:
+        top_bn, top_logprob_bn = sampling.rank(x_bv, *filters, num_top)
         return jnp.concatenate([top_bn, _bits(top_logprob_bn)], axis=-1)
 
-    def unranked(logits_bv: jax.Array) -> jax.Array:
-        return jnp.zeros((logits_bv.shape[0], 2 * num_top), jnp.int32)
+    def unranked(x_bv: jax.Array) -> jax.Array:
+        return jnp.zeros((x_bv.shape[0], 2 * num_top), jnp.int32)
 
-    return token_b, logprob_b, jax.lax.cond(shaping.rank, ranked, unranked, logits_bv)
+    return token_b, logprob_b, jax.lax.cond(shaping.rank, ranked, unranked, x_bv)
 
 
 def _stops(token_b: jax.Array, rows: jax.Array) -> jax.Array:

@@ -46,9 +46,21 @@ def sample(
         token_b: [B] int32.
         logprob_b: [B] float32, nats, of the distribution drawn from; of softmax(logits) in greedy rows.
     """
-    x_bv, max_b1, weight_bv = _weights(logits_bv, temperature_b, top_k_b, top_p_b)
+    return draw(temper(logits_bv, temperature_b), temperature_b, top_k_b, top_p_b, uniform_b)
+
+
+def temper(logits_bv: jax.Array, temperature_b: jax.Array) -> jax.Array:
+    """Logits by temperature, [B, V] float32; as they are in greedy rows."""
+    return logits_bv / _divisor(temperature_b)
+
+
+def draw(
+    x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, uniform_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`sample` of what `temper` returned."""
+    max_b1, weight_bv = _weights(x_bv, temperature_b, top_k_b, top_p_b)
     drawn_b, total_b = _invert_cdf(weight_bv, uniform_b)
-    vocab = jnp.arange(logits_bv.shape[-1], dtype=jnp.int32)
+    vocab = jnp.arange(x_bv.shape[-1], dtype=jnp.int32)
     likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
     token_b = jnp.where(temperature_b <= 0.0, likeliest_b, drawn_b)
     chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
@@ -56,15 +68,15 @@ def sample(
 
 
 def rank(
-    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, count: int
+    x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The likeliest tokens of the distributions that `sample` draws from.
+    """The likeliest tokens of the distributions that `draw` draws from.
 
     Returns:
         token_bn: [B, count] int32, likeliest first.
         logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
     """
-    x_bv, max_b1, weight_bv = _weights(logits_bv, temperature_b, top_k_b, top_p_b)
+    max_b1, weight_bv = _weights(x_bv, temperature_b, top_k_b, top_p_b)
     top_bn, token_bn = jax.lax.top_k(jnp.where(weight_bv > 0.0, x_bv, -jnp.inf), count)
     return token_bn, top_bn - max_b1 - jnp.log(jnp.sum(weight_bv, axis=-1, keepdims=True))
 
@@ -77,20 +89,26 @@ class Penalties(NamedTuple):
     repetition_b: jax.Array  # [B] float32
 
 
-def shape_logits(logits_bv: jax.Array, allowed_bw: jax.Array, penalties: Penalties | None) -> jax.Array:
-    """Logits after penalties and biases, and -inf for tokens that are not allowed.
+def shape(x_bv: jax.Array, temperature_b: jax.Array, allowed_bw: jax.Array, penalties: Penalties | None) -> jax.Array:
+    """What `temper` returned after penalties and biases, and -inf for tokens that are not allowed.
+
+    Penalties belong to the logits, but it is tempered ones that are shaped: XLA divides by the temperature where it
+    multiplies matrices and rounds otherwise anywhere else, and who is not shaped must not notice those who are.
 
     Args:
-        logits_bv: [B, V] float32.
         allowed_bw: [B, W] uint32; bit v % 32 of word v // 32 is token v's.
         penalties: None for none.
     """
     if penalties is not None:
         repetition_b1 = penalties.repetition_b[:, None]
-        repeated_bv = jnp.where(logits_bv > 0.0, logits_bv / repetition_b1, logits_bv * repetition_b1)
-        seen_bv = _unpack(penalties.seen_bw, logits_bv.shape[-1])
-        logits_bv = jnp.where(seen_bv, repeated_bv, logits_bv) + penalties.bias_bv
-    return jnp.where(_unpack(allowed_bw, logits_bv.shape[-1]), logits_bv, -jnp.inf)
+        repeated_bv = jnp.where(x_bv > 0.0, x_bv / repetition_b1, x_bv * repetition_b1)
+        seen_bv = _unpack(penalties.seen_bw, x_bv.shape[-1])
+        x_bv = jnp.where(seen_bv, repeated_bv, x_bv) + penalties.bias_bv / _divisor(temperature_b)
+    return jnp.where(_unpack(allowed_bw, x_bv.shape[-1]), x_bv, -jnp.inf)
+
+
+def _divisor(temperature_b: jax.Array) -> jax.Array:
+    return jnp.where(temperature_b <= 0.0, 1.0, temperature_b)[:, None]
 
 
 def _unpack(bits_bw: jax.Array, vocab_size: int) -> jax.Array:
@@ -99,22 +117,19 @@ def _unpack(bits_bw: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _weights(
-    logits_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits by temperature, [B, V], their largest, [B, 1], and what tokens are drawn by, [B, V], at most 1."""
-    greedy_b = temperature_b <= 0.0
-    x_bv = logits_bv / jnp.where(greedy_b, 1.0, temperature_b)[:, None]
+    x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest of each row, [B, 1], and what tokens are drawn by, [B, V], 1 for the likeliest."""
     max_b1 = jnp.max(x_bv, axis=-1, keepdims=True)
     weight_bv = jnp.exp(x_bv - max_b1)
-
-    filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & ~greedy_b
+    filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & (temperature_b > 0.0)
     weight_bv = jax.lax.cond(
         jnp.any(filtered_b),
         lambda w: jnp.where(filtered_b[:, None], _filter(w, top_k_b, top_p_b), w),
         lambda w: w,
         weight_bv,
     )
-    return x_bv, max_b1, weight_bv
+    return max_b1, weight_bv
 
 
 def _invert_cdf(weight_bv: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:

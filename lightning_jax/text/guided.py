@@ -205,8 +205,7 @@ class _Vocabulary:
         return [index for character in text for index in self._tokenizer.encode_after(-1, character)]
 
 
-# What `tools.parse_reply` reads, by family, as Lark rules that end in `call`. Text before the calls may not spell their
-# marker, or it would be read as one.
+# What `tools.parse_reply` reads, by family, as Lark rules that end in `call`.
 
 _Marker = Callable[[str], str]
 
@@ -214,10 +213,8 @@ _Marker = Callable[[str], str]
 def _hermes(marker: _Marker, required: bool, parallel: bool) -> list[str]:
     first, last = marker("<tool_call>"), marker("</tool_call>")
     more = f'("\\n" {first} inner)*' if parallel else ""
-    rules = [f"calls: {first} inner {more}", f'inner: "\\n" call "\\n" {last}']
-    if required:
-        return ["start: calls", *rules]
-    return ["start: TEXT? calls?", *rules, r"TEXT: /(.|\n)+/ & ~/(.|\n)*<tool_call>(.|\n)*/"]
+    rules = [f"rest: inner {more}", f'inner: "\\n" call "\\n" {last}']
+    return rules + ([f"start: {first} rest"] if required else _after_text("<tool_call>", first))
 
 
 def _llama3(marker: _Marker, required: bool, parallel: bool) -> list[str]:
@@ -230,11 +227,18 @@ def _llama3(marker: _Marker, required: bool, parallel: bool) -> list[str]:
 
 
 def _mistral(marker: _Marker, required: bool, parallel: bool) -> list[str]:
+    first = marker("[TOOL_CALLS]")
     more = '(", " call)*' if parallel else ""
-    calls = f'calls: {marker("[TOOL_CALLS]")} / ?/ "[" call {more} "]"'
-    if required:
-        return ["start: calls", calls]
-    return ["start: TEXT? calls?", calls, r"TEXT: /(.|\n)+/ & ~/(.|\n)*\[TOOL_CALLS\](.|\n)*/"]
+    rules = [f'rest: / ?/ "[" call {more} "]"']
+    return rules + ([f"start: {first} rest"] if required else _after_text("[TOOL_CALLS]", first))
+
+
+def _after_text(text: str, marker: str) -> list[str]:
+    """Rules for a reply of any text, in which the marker (its text, and as Lark writes it) is followed by `rest`."""
+    free = rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{re.escape(text)}(.|\n)*/"  # its letters would be read as the marker
+    if marker == _text(text):  # no token tells where the text before it ends
+        return ["start: TEXT? | before rest", free, rf"before[lazy]: /(.|\n)*/ {marker}"]
+    return [f"start: TEXT? ({marker} rest)?", free]
 
 
 _CALLS = {"hermes": _hermes, "llama3": _llama3, "mistral": _mistral}
