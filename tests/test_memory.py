@@ -89,7 +89,7 @@ def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, rem
     )
     learner = learner_settings(config, jnp.dtype("float32"))
     params = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
-    dtypes = [jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32]
+    dtypes = [jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32, jnp.bool_]
     batch = Batch(*(jax.ShapeDtypeStruct((blocks, length), dtype) for dtype in dtypes))
     num_tokens = jax.ShapeDtypeStruct((), jnp.float32)
     totals = jax.eval_shape(update.zero_totals, params)
