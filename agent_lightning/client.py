@@ -292,8 +292,7 @@ class Client:
         self, title: str, spec: dict, agent: Callable | str, nworkers: int, copies: CheckpointCopies | None = None
     ) -> dict:
         """Starts a job and runs its agents until it has ended; returns the job."""
-        choose_nworkers(nworkers)  # what is wrong with it, or with the agent, is said before there is a job
-        source = pack_agent(agent)
+        source = pack_agent(agent)  # before there is a job, since it may not be possible
         job = Job(self._transport, title, spec)
 
         def make_pool(on_output) -> Pool:

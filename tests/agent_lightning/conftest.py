@@ -1,5 +1,7 @@
 """A real store behind the real HTTP app, and a way to run an agent on tasks through it."""
 
+import contextlib
+import json
 import os
 import threading
 import time
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning import Pool
+from agent_lightning import Client, Pool
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +20,7 @@ def settings(tmp_path_factory):
     settings = config.default_config()
     settings.workdir = str(tmp_path_factory.mktemp("workdir"))
     settings.algorithm.group_size = 2
+    settings.algorithm.learning_rate = 1e-4  # a step is felt in the log-probs
     settings.runtime.max_seq_len = 64
     settings.runtime.gradient_accumulation = 1
     settings.runtime.remat = "none"
@@ -141,3 +144,45 @@ def wait_until(condition, timeout_s: float = 20.0) -> None:
 def written_pids(folder: Path) -> list[int]:
     """Process ids that agents left as empty files named by them."""
     return [int(name) for name in os.listdir(folder)]
+
+
+# ---- a server that trains ----
+
+TASKS = "".join(json.dumps({"question": f"{i}+1=?", "ground_truth": str(i + 1)}) + "\n" for i in range(4))
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, settings, policies):
+    """A server that runs jobs: (its URL, its store)."""
+    from lightning_jax.server import RunningServer, bind, create_app
+    from lightning_jax.server.control import JobRunner
+    from lightning_jax.store import Store
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(Store(tmp_path_factory.mktemp("store") / "store.sqlite3")))
+        jobs = stack.enter_context(contextlib.closing(JobRunner(policies, store, settings)))
+        app = create_app(config=settings, policies=policies, store=store, jobs=jobs)
+        server = RunningServer(app, bind("127.0.0.1", 0))
+        stack.callback(server.stop)
+        yield server.url, store
+
+
+@pytest.fixture
+def client(training, tmp_path):
+    (tmp_path / "train.jsonl").write_text(TASKS)
+    (tmp_path / "test.jsonl").write_text('{"question": "7+1=?", "ground_truth": "8"}')
+    client = Client(training[0])
+    client.upload_data(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), "sums")
+    return client
+
+
+def ask(resource, task):
+    """Asks the model with no SDK at all; half a point for an answer that holds a digit."""
+    import urllib.request
+
+    body = {"messages": [{"role": "user", "content": task.question}], "max_tokens": 4}
+    request = urllib.request.Request(f"{resource.model_api}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)["choices"][0]["message"]["content"]
+    return 1.0 if answer == task.ground_truth else 0.5 * any(c.isdigit() for c in answer)

@@ -1,7 +1,5 @@
 """`Client.train` and the command line against a real server that trains the model that ships with the package."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,48 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning import Client, TrainingError, cli
-from tests.agent_lightning.conftest import is_alive, wait_until, written_pids
+from agent_lightning import TrainingError, cli
+from tests.agent_lightning.conftest import TASKS, ask, is_alive, wait_until, written_pids
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = "".join(json.dumps({"question": f"{i}+1=?", "ground_truth": str(i + 1)}) + "\n" for i in range(4))
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory, settings, policies):
-    """A server that runs jobs: (its URL, its store)."""
-    from lightning_jax.server import RunningServer, bind, create_app
-    from lightning_jax.server.control import JobRunner
-    from lightning_jax.store import Store
-
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(contextlib.closing(Store(tmp_path_factory.mktemp("store") / "store.sqlite3")))
-        jobs = stack.enter_context(contextlib.closing(JobRunner(policies, store, settings)))
-        app = create_app(config=settings, policies=policies, store=store, jobs=jobs)
-        server = RunningServer(app, bind("127.0.0.1", 0))
-        stack.callback(server.stop)
-        yield server.url, store
-
-
-@pytest.fixture
-def client(training, tmp_path):
-    (tmp_path / "train.jsonl").write_text(TASKS)
-    (tmp_path / "test.jsonl").write_text('{"question": "7+1=?", "ground_truth": "8"}')
-    client = Client(training[0])
-    client.upload_data(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), "sums")
-    return client
-
-
-def ask(resource, task):
-    """Asks the model with no SDK at all; half a point for an answer that holds a digit."""
-    import urllib.request
-
-    body = {"messages": [{"role": "user", "content": task.question}], "max_tokens": 4}
-    request = urllib.request.Request(f"{resource.model_api}/v1/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request) as response:
-        answer = json.load(response)["choices"][0]["message"]["content"]
-    return 1.0 if answer == task.ground_truth else 0.5 * any(c.isdigit() for c in answer)
 
 
 def test_train(client, training, capfd):
@@ -70,24 +30,6 @@ def test_train(client, training, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {i}/4" for i in range(1, 5)]
     assert sum(line.startswith("held-out reward") for line in lines) == 3
-
-
-def test_evaluate(client, training, tmp_path):
-    result = client.evaluate(lambda resource, task: ask(resource, task) * 0 + len(task.question), nworkers=1)
-    assert (result.mean, result.standard_error, result.failures) == (5.0, 0.0, 0)
-    assert list(result.rewards.values()) == [5.0]
-    (tmp_path / "other.jsonl").write_text('{"question": "1"}\n{"question": "22"}\n{"question": "333"}\n')
-
-    def agent(resource, task):
-        assert resource.metadata["mode"] == "evaluate"
-        if task.question == "22":
-            raise ValueError("not this one")
-        return len(task.question)
-
-    result = client.evaluate(agent, str(tmp_path / "other.jsonl"), nworkers=2)
-    assert (result.mean, result.failures) == (2.0, 1)
-    assert result.standard_error == pytest.approx(1.0)  # of 1 and 3: sqrt(2) / sqrt(2)
-    assert list(result.rewards.values()) == [1.0, None, 3.0]
 
 
 def test_an_agent_that_always_fails(client):
@@ -115,7 +57,7 @@ folder, pause = pathlib.Path(sys.argv[2]), float(sys.argv[3])
 
 def agent(resource, task):
     (folder / str(os.getpid())).touch()
-    from tests.agent_lightning.test_client_train import ask
+    from tests.agent_lightning.conftest import ask
     time.sleep(pause)
     return ask(resource, task)
 

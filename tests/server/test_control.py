@@ -275,6 +275,22 @@ def test_stopping_and_queueing(jobs, dataset):
     wait_for(lambda: status(first) == "stopped")
 
 
+def test_a_job_says_how_many_workers_it_can_use(jobs, dataset, held_out):
+    with Client(jobs.url) as client:
+        data_id = client.upload_data(dataset, held_out)
+    slots, group = jobs.config.sampler.max_slots, jobs.config.algorithm.group_size
+    for body, expected in (
+        ({"batch_size": 1}, group),
+        ({"batch_size": 1000}, slots),
+        ({}, jobs.config.runtime.batch_size),
+        ({"kind": "evaluate"}, 4),
+        ({"kind": "evaluate", "num_samples": 1000}, slots),
+    ):
+        reply = jobs.http.post("/api/jobs", json={"data_id": data_id} | body).json()
+        jobs.http.post(f"/api/jobs/{reply['job_id']}/stop", json={"now": True})
+        assert reply["rollouts_at_once"] == expected, body
+
+
 def test_what_a_job_cannot_be(jobs, serving, dataset):
     def refused(body, status):
         reply = jobs.http.post("/api/jobs", json=body)
@@ -288,6 +304,9 @@ def test_what_a_job_cannot_be(jobs, serving, dataset):
     assert "epochs" in refused({"data_id": data_id, "epochs": 0}, 422)
     assert "batchsize" in refused({"data_id": data_id, "batchsize": 3}, 422)
     assert "kind" in refused({"data_id": data_id, "kind": "dance"}, 422)
+    assert "no dataset 'nope' with test tasks" in refused({"data_id": data_id, "test_data_id": "nope"}, 404)
+    assert "for evaluations" in refused({"data_id": data_id, "checkpoint": "latest"}, 400)
+    assert "for evaluations" in refused({"data_id": data_id, "num_samples": 2}, 400)
     assert jobs.http.get("/api/jobs/nope").status_code == 404
     assert jobs.http.get("/api/jobs/nope/events").status_code == 404
     assert jobs.http.post("/api/jobs/nope/stop", json={}).status_code == 404

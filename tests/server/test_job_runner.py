@@ -61,10 +61,10 @@ def status(store, job_id):
 
 
 class Pool:
-    """Ends a job's rollouts with chance rewards for as long as the block lasts."""
+    """Ends a job's rollouts, with chance rewards unless told how, for as long as the block lasts."""
 
-    def __init__(self, store, job_id):
-        self._store, self._job_id = store, job_id
+    def __init__(self, store, job_id, reward=lambda lease: random.random()):
+        self._store, self._job_id, self._reward = store, job_id, reward
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work)
 
@@ -82,7 +82,7 @@ class Pool:
             for lease in leases:
                 attempt = self._store.attempt_by_token(lease["token"])
                 self._store.record_call(attempt, CallRecord([1, 2, 3], [4, 5], [-5.5, -5.5]))
-            results = [{"lease_id": lease["lease_id"], "reward": random.random()} for lease in leases]
+            results = [{"lease_id": lease["lease_id"], "reward": self._reward(lease)} for lease in leases]
 
 
 # ---- which jobs run ----
@@ -138,6 +138,84 @@ def test_unfinished_jobs_come_first_unless_told_otherwise(serving, store, config
     wait_for(lambda: status(store, "four") == "running")  # so nothing was queued before it
     assert store.exchange("one", "pool", [], [], 1)["leases"] == []
     runner.close()
+
+
+# ---- what a job keeps ----
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(config, store):
+    held_out = [0.25, 0.5, 0.75, 0.375, 0.75, 0.5]  # by step
+
+    def reward(lease):
+        metadata = lease["metadata"]
+        return held_out[metadata["step"]] if metadata["mode"] == "evaluate" else random.random()
+
+    config.runtime.max_to_keep = 2
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    spec = {"kind": "train", "data_id": "d", "total_steps": 5, "batch_size": 2, "eval_interval": 1}
+    job = runner.submit(spec)
+    with Pool(store, job, reward):
+        wait_for(lambda: status(store, job) == "succeeded")
+    result = store.job(job)["result"]
+    assert result["test_rewards"] == held_out and result["test_steps"] == [0, 1, 2, 3, 4, 5]
+    assert len(result["train_rewards"]) == 5
+    folder = policies.checkpoint_dir.absolute()
+    assert result["checkpoints"] == [str(folder / f"step-{n}") for n in (2, 4, 5)]
+    assert result["best_checkpoint"] == str(folder / "step-2"), "of equals the first"
+    assert policies.find_checkpoint("best") == folder / "step-2"
+
+    held_out[5:] = [0.1, 0.2, 0.3]  # another job's rewards are not compared with the first one's
+    job = runner.submit(spec | {"total_steps": 2})
+    with Pool(store, job, reward):
+        wait_for(lambda: status(store, job) == "succeeded")
+    result = store.job(job)["result"]
+    assert result["checkpoints"] == [str(folder / f"step-{n}") for n in (6, 7)], "its own"
+    assert result["best_checkpoint"] == str(folder / "step-7") and result["test_steps"] == [5, 6, 7]
+    runner.close()
+    policies.close()
+
+
+def test_a_stopped_job_has_a_checkpoint_and_an_evaluation_of_its_last_step(config, store):
+    config.runtime.checkpoint_interval = 0
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    job = runner.submit({"kind": "train", "data_id": "d", "epochs": 1000, "batch_size": 2, "eval_interval": 1000})
+    with Pool(store, job):
+        wait_for(lambda: store.job(job)["step"] >= 2)
+        runner.stop(job)
+        wait_for(lambda: status(store, job) == "stopped")
+    result = store.job(job)["result"]
+    assert result["test_steps"] == [0, policies.step] and result["total_steps"] == policies.step
+    assert result["checkpoints"] == [str(policies.checkpoint_dir.absolute() / f"step-{policies.step}")]
+    runner.close()
+    policies.close()
+
+
+def test_a_job_keeps_the_tasks_that_it_was_made_for(config, store):
+    """Its dataset is replaced by a smaller one while it runs, and its test tasks are another dataset's."""
+    seen = {"train": set(), "evaluate": set()}
+    store.put_dataset("held-out", "test", [b'{"question": "5+5?"}'])
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    spec = {"kind": "train", "data_id": "d", "test_data_id": "held-out", "epochs": 3, "batch_size": 1}
+    jobs = [runner.submit(spec | {"key": key}) for key in ("one", "two")]
+    for data_id in ("d", "held-out"):
+        upload = store.upload(data_id, "train")
+        upload.feed(b'{"question": "new"}')
+        store.replace_dataset(data_id, [upload])
+
+    def note(lease):
+        seen[lease["metadata"]["mode"]].add(lease["task"]["question"])
+        return random.random()
+
+    for job in jobs:
+        with Pool(store, job, note):
+            wait_for(lambda job=job: status(store, job) == "succeeded")
+    assert seen == {"train": {"1+1?", "2+2?"}, "evaluate": {"5+5?"}}
+    wait_for(lambda: store._database.read("SELECT count(*) FROM tasks") == [(2,)])  # nobody needs the old ones now
+    runner.close()
+    policies.close()
 
 
 # ---- what goes wrong ----
