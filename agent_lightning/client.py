@@ -104,7 +104,8 @@ class Client:
             batch_size: tasks per update; the server runs `algorithm.group_size` rollouts of each.
             data_id: an uploaded dataset; by default this client's last upload.
             checkpoint_dir: a folder on this machine; every checkpoint that the server saves is also downloaded to it
-                as it comes, as a Hugging Face model folder `step-N`, with a link `latest`.
+                as it comes, as a Hugging Face model folder `step-N`, with a link `latest`. Of several models each is
+                a folder in `step-N`.
             eval_interval: updates between evaluations on the test tasks; there is always one before the first update
                 and one after the last.
             test_file: test tasks to upload for this, instead of those of the dataset.
@@ -131,7 +132,7 @@ class Client:
             "rollout_timeout": rollout_timeout,
             "max_attempts": max_attempts,
         }
-        copies = CheckpointCopies(checkpoint_dir, self._download) if checkpoint_dir else None
+        copies = CheckpointCopies(checkpoint_dir, self._download_all) if checkpoint_dir else None
         try:
             return training_result(self._run_job("training", spec, agent_func, nworkers, copies))
         finally:
@@ -264,6 +265,16 @@ class Client:
     def _download(self, output_dir, checkpoint, format="huggingface", model=None, progress=None) -> Path:
         params = {"checkpoint": os.fspath(checkpoint), "format": format} | ({"model": model} if model else {})
         return download_model(self._transport, output_dir, params, progress or (lambda *_: None))
+
+    def _download_all(self, output_dir: str, checkpoint: str) -> None:
+        """A checkpoint of one model as a model folder, of several as a folder of such by name."""
+        names = [model["id"] for model in self._transport.request("GET", "/v1/models")["data"]]
+        if len(names) == 1:
+            self._download(output_dir, checkpoint)
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        for name in names:
+            self._download(os.path.join(output_dir, name), checkpoint, model=name)
 
     def _upload(self, files: dict[str, str | os.PathLike], data_id: str | None = None) -> str:
         files = {split: files[split] for split in dataset.SPLITS if split in files}

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from agent_lightning import TrainingError, cli
@@ -30,6 +32,28 @@ def test_train(client, training, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {i}/4" for i in range(1, 5)]
     assert sum(line.startswith("held-out reward") for line in lines) == 3
+
+
+def test_checkpoints_are_copied_to_a_folder_here(client, policies, tmp_path):
+    from lightning_jax.model import weights
+
+    result = client.train(ask, 2, 1, 4, None, str(tmp_path / "copies"), 50)  # in the reference's order
+    (path,) = result.checkpoints
+    assert sorted(os.listdir(tmp_path / "copies")) == ["latest", Path(path).name]
+    assert os.readlink(tmp_path / "copies" / "latest") == Path(path).name
+    _, copied = weights.load_model(tmp_path / "copies" / "latest")
+    jax.tree.map(np.testing.assert_array_equal, copied, jax.device_get(policies.first.state.params))
+
+
+def test_test_tasks_may_be_another_files(client, training, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"question": "other"}\n')
+
+    def agent(resource, task):
+        return float(task.question == "other")
+
+    result = client.train(agent, nworkers=1, batch_size=4, test_file=str(tmp_path / "other.jsonl"))
+    assert result.test_rewards == [1.0, 1.0] and result.train_rewards == [0.0]
+    assert client.evaluate(agent, nworkers=1).mean == 0.0, "the dataset has its own test tasks still"
 
 
 def test_an_agent_that_always_fails(client):
