@@ -72,7 +72,7 @@ async def messages(request: Request) -> Response:
     envelope["model"] = body.model or generator.policy.name
     if body.stream:
         events = _events(body, generation, generation.events(request.receive), envelope)
-        return wire.EventStream(generation, events, lambda error: wire.event(error_content(error), "error"))
+        return wire.EventStream([generation], events, lambda error: wire.event(error_content(error), "error"))
     return wire.json_response(_response(body, await generation.reply(request.receive), envelope))
 
 

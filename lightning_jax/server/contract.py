@@ -47,6 +47,7 @@ class GenerateRequest:
     Attributes:
         dialect: its name, kept with the call.
         messages: in the OpenAI chat shape; `text.chat.canonical_messages` checks them.
+        prompt: a text, or token ids, to write on; instead of messages.
         tools: function tools in the OpenAI shape.
         tool_choice: "none" leaves tool calls in the reply's text; "required" has it begin with one.
         tool_name: of the only tool that may be called; None for any.
@@ -61,7 +62,8 @@ class GenerateRequest:
     """
 
     dialect: str
-    messages: Sequence[dict]
+    messages: Sequence[dict] = ()
+    prompt: str | Sequence[int] | None = None
     tools: Sequence[dict] | None = None
     tool_choice: Literal["auto", "none", "required"] = "auto"
     tool_name: str | None = None

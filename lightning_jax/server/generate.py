@@ -22,7 +22,7 @@ from lightning_jax.sampler.request import Grammar, SamplingParams, noise_key
 from lightning_jax.server.contract import ApiError, GenerateRequest
 from lightning_jax.server.generation import Generation, Prepared
 from lightning_jax.store import Attempt, CallRecord, Store
-from lightning_jax.text import chat, guided, tools
+from lightning_jax.text import chat, guided, plain, tools
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Generator:
         room = self.policy.max_seq_len - len(prompt.ids)
         if room < 1:
             text = f"the prompt has {len(prompt.ids)} tokens, which fills the context of {self.policy.max_seq_len}"
-            raise ApiError(text, kind="context_length", param="messages")
+            raise ApiError(text, kind="context_length", param="messages" if request.prompt is None else "prompt")
         # One prompt in two roles is two prompts, or which call came first would decide about their noise.
         key = b"" if self._role == "1" else self._role.encode()
         digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16, key=key).digest()
@@ -107,6 +107,8 @@ class Generator:
     def _prompt(self, request: GenerateRequest, earlier: list[CallRecord]) -> tuple[list[dict], chat.Prompt]:
         tokenizer = self.policy.tokenizer
         try:
+            if request.prompt is not None:
+                return [], plain.build_plain_prompt(tokenizer, request.prompt, earlier)
             messages = chat.canonical_messages(request.messages)
             if request.continue_final:
                 return messages, chat.build_continuation(tokenizer, messages, request.tools, earlier)
@@ -114,7 +116,7 @@ class Generator:
         except InvalidConfigError as error:  # the tokenizer has no chat template
             raise ApiError(str(error)) from None
         except ValueError as error:  # images, a role out of place, messages that the template refuses
-            raise ApiError(str(error), param="messages") from None
+            raise ApiError(str(error), param="messages" if request.prompt is None else "prompt") from None
 
     async def _grammar(self, request: GenerateRequest) -> Grammar | None:
         """What the reply must look like, if that is asked for; compiled in a thread, because it can take a second."""

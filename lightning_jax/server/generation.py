@@ -298,6 +298,9 @@ class Generation:
         reply = {"role": "assistant", "content": content}
         if choice.tool_calls:
             reply["tool_calls"] = choice.tool_calls
+        kept = {"dialect": request.dialect, "max_tokens": sampling.max_tokens, "stop": request.stop}
+        if isinstance(request.prompt, str):
+            kept["prompt"] = request.prompt
         call = CallRecord(
             prompt_ids=prepared.prompt_ids,
             sampled_ids=choice.token_ids,
@@ -315,7 +318,7 @@ class Generation:
             messages=tuple(messages),
             tools=request.tools,
             reply=reply,
-            request={"dialect": request.dialect, "max_tokens": sampling.max_tokens, "stop": request.stop},
+            request=kept,
         )
         self._recorded = True
         return self._store.record_call(self._attempt, call)

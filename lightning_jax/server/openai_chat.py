@@ -51,7 +51,7 @@ async def chat_completions(request: Request) -> Response:
     model = body.model or generator.policy.name
     if body.stream:
         events = _events(body, generation, generation.events(request.receive), model, generator.policy.tokenizer)
-        return wire.EventStream(generation, events, openai_shared.error_event)
+        return wire.EventStream([generation], events, openai_shared.error_event)
     reply = await generation.reply(request.receive)
     return wire.json_response(_response(body, reply, model, generator.policy.tokenizer))
 

@@ -92,19 +92,22 @@ class EventStream(Response):
     """A reply as server-sent events.
 
     Args:
-        generation: what the events tell of; it is closed when they end, however they do.
+        generations: what the events tell of; they are closed when the events end, however they do.
         events: each one's bytes.
         failed: the bytes that tell of an error once the reply has begun.
     """
 
     def __init__(
-        self, generation: Generation, events: AsyncGenerator[bytes, None], failed: Callable[[ApiError], bytes]
+        self,
+        generations: Sequence[Generation],
+        events: AsyncGenerator[bytes, None],
+        failed: Callable[[ApiError], bytes],
     ):
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
-        self._generation, self._events, self._failed = generation, events, failed
+        self._generations, self._events, self._failed = generations, events, failed
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -115,7 +118,8 @@ class EventStream(Response):
         except ClientGone:
             pass
         finally:
-            self._generation.close()
+            for generation in self._generations:
+                generation.close()
             await self._events.aclose()
 
     async def _guarded(self) -> AsyncGenerator[bytes, None]:

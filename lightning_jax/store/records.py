@@ -99,6 +99,11 @@ class CallRecord:
     request: dict = dataclasses.field(default_factory=dict)
     constrained: bool = False
 
+    @property
+    def prompt_text(self) -> str | None:
+        """The prompt, where it was a text to be written on; None where it was a chat or token ids."""
+        return self.request.get("prompt")
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRecord:

@@ -91,6 +91,12 @@ class Tokenizer:
         """Encodes text; special tokens written in it become their ids, and nothing is added (templates write bos)."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """Encodes a text that is no chat: with the token that this model's texts begin with, if they do with one."""
+        start = self._backend.encode("", add_special_tokens=True).ids[:1]
+        ids = self.encode(text)
+        return [*start, *ids] if start == [self.bos_id] and ids[:1] != start else ids
+
     def encode_after(self, previous_id: int, text: str) -> list[int]:
         """Encodes text as it would be encoded inside a longer text, right after the token `previous_id`.
 
