@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import logging
 import secrets
+from typing import Any
 
 import ml_collections
 from starlette.concurrency import run_in_threadpool
@@ -37,6 +38,8 @@ _SHAPING = {
     "logit_bias": {},
     "min_tokens": 0,
 }
+
+_JSON_FORMS = ("json_object", "json_schema", "json_schema_if_possible")
 
 
 class Generator:
@@ -122,31 +125,45 @@ class Generator:
         """What the reply must look like, if that is asked for; compiled in a thread, because it can take a second."""
         tools = request.tools if request.tool_choice != "none" else None
         forced = request.tool_choice == "required"
-        if tools and (forced or not request.parallel_tool_calls or any(_is_strict(tool) for tool in tools)):
-            options = {"required": forced, "parallel": request.parallel_tool_calls, "name": request.tool_name}
-            compile, value = functools.partial(self._guide.tool_call, family=self._family, **options), tools
-        elif request.form is not None:
-            kind, value = request.form
-            compile = {
-                "json_object": lambda _: self._guide.json_object(),
-                "json_schema": self._guide.json_schema,
-                "json_schema_if_possible": self._json_schema_if_possible,
-                "regex": self._guide.regex,
-                "choice": self._guide.choice,
-                "grammar": self._guide.ebnf,
-            }[kind]
+        kind, value = request.form or (None, None)
+        if tools and (forced or kind in _JSON_FORMS):  # calls, or else an answer of the form
+            compile = functools.partial(self._tool_call, request, None if forced else kind, value)
+        elif kind is not None:
+            compile = functools.partial(self._form, kind, value)
+        elif tools and (not request.parallel_tool_calls or any(tool["function"].get("strict") for tool in tools)):
+            compile = functools.partial(self._tool_call, request, None, None)
         else:
             return None
         try:
-            return await run_in_threadpool(compile, value)
+            return await run_in_threadpool(compile)
         except ValueError as error:
             raise ApiError(str(error)) from None
 
-    def _json_schema_if_possible(self, schema: dict) -> Grammar:
-        try:
-            return self._guide.json_schema(schema)
-        except ValueError:
-            return self._guide.json_object()
+    def _form(self, kind: str, value: Any) -> Grammar:
+        if kind in _JSON_FORMS:
+            return self._guide.json_schema(self._schema(kind, value))
+        return {"regex": self._guide.regex, "choice": self._guide.choice, "grammar": self._guide.ebnf}[kind](value)
+
+    def _tool_call(self, request: GenerateRequest, kind: str | None, value: Any) -> Grammar:
+        return self._guide.tool_call(
+            request.tools,
+            self._family,
+            required=request.tool_choice == "required",
+            parallel=request.parallel_tool_calls,
+            name=request.tool_name,
+            answer=None if kind is None else self._schema(kind, value),
+        )
+
+    def _schema(self, kind: str, value: Any) -> dict | str:
+        """The schema that can be enforced for one of `_JSON_FORMS`."""
+        if kind == "json_object":
+            return {"type": "object"}
+        if kind == "json_schema_if_possible":
+            try:
+                self._guide.json_schema(value)
+            except ValueError:
+                return {"type": "object"}
+        return value
 
     def _sampling(
         self, request: GenerateRequest, attempt: Attempt | None, room: int, grammar: Grammar | None
@@ -195,7 +212,3 @@ class Generator:
         seed = request.seed if agents_seed else attempt.seed
         entry = attempt.entry
         return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample)
-
-
-def _is_strict(tool: dict) -> bool:
-    return bool(tool["function"].get("strict"))

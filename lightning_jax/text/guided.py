@@ -124,7 +124,14 @@ class Guide:
         return self._compiled(lark, "the grammar")
 
     def tool_call(
-        self, tools: Sequence[dict], family: Family, *, required: bool, parallel: bool = True, name: str | None = None
+        self,
+        tools: Sequence[dict],
+        family: Family,
+        *,
+        required: bool,
+        parallel: bool = True,
+        name: str | None = None,
+        answer: dict | bool | str | None = None,
     ) -> Grammar:
         """Tool calls as the model's family writes them, with arguments that are valid under the tools' schemas.
 
@@ -136,6 +143,8 @@ class Guide:
             required: the reply is a call from its first token on. Otherwise it is text, and calls after it.
             parallel: several calls may be made.
             name: of the only tool that may be called; None for any.
+            answer: a JSON schema. Unless a call is required, the reply is either calls alone or JSON that is valid
+                under it; None lets the text be anything.
 
         Raises:
             ValueError: there is no such tool, or the schema of a strict one cannot be enforced.
@@ -149,7 +158,12 @@ class Guide:
         for i, function in enumerate(functions):
             head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": '
             rules.append(f'call_{i}: {_text(head)} {self._arguments(function)} "}}"')
-        rules += _CALLS[family](self._marker, required, parallel)
+        if required or answer is None:
+            rules += _CALLS[family](self._marker, required, parallel)
+        else:
+            only_calls = _CALLS[family](self._marker, True, parallel)
+            rules += [rule.replace("start:", "made:", 1) if rule.startswith("start:") else rule for rule in only_calls]
+            rules += ["start: answer | made", f"answer: {_json(_load(answer))}"]
         return self._compiled(_lark(*rules), "a tool's schema")
 
     def _marker(self, text: str) -> str:

@@ -117,3 +117,42 @@ def test_every_prefix(serving):
             assert [model.id for model in client.models.list()] == [serving.policy.name]
     body = {"messages": USER, "max_tokens": 1}
     assert serving.http.post("/messages", json=body).status_code == 200
+
+
+def test_count_tokens(client, serving):
+    tools = {"tools": TOOLS, "system": "Be brief."}
+    counted = client.messages.count_tokens(model="m", messages=USER, **tools)
+    assert counted.input_tokens == len(create(client, **tools).prompt_token_ids)
+    job, leases, ids = serving.open()
+    with anthropic.Anthropic(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        reply = create(agent)
+        turns = [*USER, {"role": "assistant", "content": reply.content}, {"role": "user", "content": "Why?"}]
+        counted = agent.messages.count_tokens(model="m", messages=turns)
+        assert counted.input_tokens == len(create(agent, messages=turns).prompt_token_ids)
+    serving.finish(job, leases, ids)
+
+
+def test_prefill(client, serving):
+    """A last message of the assistant is the beginning of the reply, which is what follows it."""
+    tokenizer = serving.policy.tokenizer
+    begun = [*USER, {"role": "assistant", "content": "The sum is"}]
+    reply = create(client, messages=begun)
+    assert tokenizer.decode(reply.prompt_token_ids) == "<|user|>2+2?<|end|><|assistant|>The sum is"
+    job, leases, ids = serving.open()
+    with anthropic.Anthropic(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        text = "The sum is" + create(agent, messages=begun).content[0].text
+        create(agent, messages=[*USER, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}])
+    (record,) = serving.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0] and record.calls[0].reply["content"] == text
+
+
+def test_what_changes_nothing_is_accepted(client):
+    create(
+        client,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+        metadata={"user_id": "u"},
+        service_tier="auto",
+        tools=TOOLS,
+        tool_choice={"type": "auto"},
+        extra_body={"stop_sequences": []},
+    )

@@ -93,6 +93,16 @@ def test_forced_tools(client, choice):
     assert reply.message.content is None and reply.finish_reason == "tool_calls"
 
 
+def test_tools_beside_a_form_are_calls_or_an_answer_of_it(client):
+    """What agents with tools and an output type ask for: the model decides, and either way the reply is in form."""
+    asked = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA, "strict": True}}
+    for seed in range(4):
+        reply = create(client, tools=TOOLS[:1], response_format=asked, parallel_tool_calls=False, seed=seed)
+        (choice,) = reply.choices
+        calls = choice.message.tool_calls
+        assert is_valid(json.loads(calls[0].function.arguments if calls else choice.message.content))
+
+
 def test_forced_tools_of_anthropic(claude):
     tools = [{"name": name, "input_schema": SCHEMA} for name in ("first", "second")]
     choice = {"type": "tool", "name": "second", "disable_parallel_tool_use": True}

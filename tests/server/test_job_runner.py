@@ -6,7 +6,6 @@ import threading
 import time
 
 import httpx
-import openai
 import pytest
 
 from lightning_jax import server
@@ -288,22 +287,3 @@ def test_health_says_that_the_device_failed(start, random_model):
         "policy_version": 0,
     }
     assert reply.json()["error"] == "the device failed: device lost"
-
-
-# ---- dialects that are not there ----
-
-
-def test_other_dialects_are_refused_with_the_names_of_those_that_are_served(serving):
-    _, (lease,), _ = serving.open()
-    bases = [serving.url + prefix for prefix in ("", "/v1", "/v1/v1")]
-    bases += [serving.model_api(lease), serving.model_api(lease) + "/v1"]
-    for base_url in bases:
-        with openai.OpenAI(base_url=base_url, api_key="any", max_retries=0) as client:
-            for path, call in (
-                ("/responses", lambda client=client: client.responses.create(model="m", input="2+2?")),
-                ("/completions", lambda client=client: client.completions.create(model="m", prompt="2+2?")),
-            ):
-                with pytest.raises(openai.BadRequestError, match=f"does not serve {path} yet") as caught:
-                    call()
-                assert caught.value.type == "invalid_request_error"
-                assert "/chat/completions" in caught.value.message and "/messages" in caught.value.message

@@ -1,0 +1,126 @@
+"""Completions, as the openai package sees them."""
+
+import openai
+import pytest
+from openai.types import Completion
+
+IDS = {"return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def client(serving):
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def create(client, prompt="One two", **options) -> Completion:
+    body = IDS | options.pop("extra_body", {})
+    reply = client.completions.create(
+        **{"model": "m", "prompt": prompt, "max_tokens": 12, "extra_body": body} | options
+    )
+    Completion.model_validate(reply.model_dump(), strict=True)
+    return reply
+
+
+def test_a_reply_has_every_field_the_sdk_knows(client, serving):
+    tokenizer = serving.policy.tokenizer
+    reply = create(client, logprobs=2, seed=3)
+    (choice,) = reply.choices
+    assert reply.object == "text_completion" and reply.id.startswith("cmpl-") and choice.finish_reason == "length"
+    assert choice.prompt_token_ids == tokenizer.encode_beginning("One two")
+    assert choice.text == tokenizer.decode(choice.token_ids, skip_special=True)
+    logprobs = choice.logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 12
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == logprob and 2 <= len(top) <= 3 and logprob <= max(top.values()) + 1e-4
+    assert reply.usage.completion_tokens == 12
+    assert reply.usage.total_tokens == len(choice.prompt_token_ids) + 12
+    assert create(client, max_tokens=None).usage.completion_tokens == 16, "the API's default"
+
+
+def test_every_form_of_prompt(client, serving):
+    ids = serving.policy.tokenizer.encode_beginning("One two")
+    greedy = create(client, temperature=0)
+    text = greedy.choices[0].text
+    assert create(client, ids, temperature=0).choices[0].text == text
+    several = create(client, ["One two", "Three"], temperature=0, n=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert several.choices[0].text == several.choices[1].text == text != several.choices[2].text
+    assert several.usage.completion_tokens == 48
+    batch = create(client, [ids, ids[:2]], temperature=0)
+    assert [choice.prompt_token_ids for choice in batch.choices] == [ids, ids[:2]]
+    assert create(client, echo=True, temperature=0).choices[0].text == "One two" + text
+    assert create(client, ids, echo=True, temperature=0).choices[0].text == "One two" + text
+
+
+def test_a_stream_is_the_reply_in_pieces(client):
+    options = {"prompt": ["One", "Two"], "n": 2, "seed": 5, "echo": True}
+    whole = create(client, **options)
+    chunks = list(
+        client.completions.create(
+            model="m", max_tokens=12, stream=True, stream_options={"include_usage": True}, extra_body=IDS, **options
+        )
+    )
+    for chunk in chunks:
+        if all(choice.finish_reason for choice in chunk.choices):  # the package's type says that it is never null
+            Completion.model_validate(chunk.model_dump(), strict=True)
+    for i, choice in enumerate(whole.choices):
+        mine = [c for chunk in chunks for c in chunk.choices if c.index == i]
+        assert "".join(c.text for c in mine) == choice.text
+        assert [t for c in mine for t in c.token_ids] == choice.token_ids
+        assert mine[0].prompt_token_ids == choice.prompt_token_ids
+        assert [c.finish_reason for c in mine if c.finish_reason] == ["length"] and len(mine) > 2
+    assert chunks[-1].usage.completion_tokens == 48 and chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"suffix": "after"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, 10**7]}, "vocabulary"),
+        ({"prompt": "x" * 300}, "context of 256"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": ["a"] * 1000, "n": 2}, "1024"),
+    ],
+)
+def test_what_cannot_be_done_is_said(client, options, text):
+    with pytest.raises(openai.BadRequestError, match=text):
+        create(client, **options)
+
+
+def test_a_text_that_grows_keeps_its_ids(serving):
+    """The prompt of a text agent's next call is the text so far and more: recorded ids, then the new text's."""
+    job, leases, ids = serving.open()
+    with openai.OpenAI(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as client:
+        text = "Question: 2+2?"
+        for turn in range(3):
+            text += create(client, text, max_tokens=20).choices[0].text + f"\nObservation {turn}\n"
+        assert "\ufffd" in text
+        choice = create(client, "Other", max_tokens=5).choices[0]
+        create(client, [*choice.prompt_token_ids, *choice.token_ids, 65], max_tokens=5)
+        create(client, "Otherwise", max_tokens=5)
+    (record,) = serving.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0, 1, None, 3, None]
+    tokenizer = serving.policy.tokenizer
+    for turn in (1, 2):
+        before = record.calls[turn - 1]
+        whole = [*before.prompt_ids, *before.sampled_ids]
+        new = tokenizer.encode(f"\nObservation {turn - 1}\n")
+        assert record.calls[turn].prompt_ids.tolist() == whole + new
+
+
+def test_a_stop_string_belongs_to_the_text_that_grows(serving):
+    """A ReAct agent writes the stop string it never saw into its next prompt; the model did sample it."""
+    job, leases, ids = serving.open()
+    with openai.OpenAI(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as client:
+        free = create(client, "Go", max_tokens=24).choices[0].text
+        stop = next(c for c in free[4:] if c.isascii() and c.isprintable())
+        cut = create(client, "Go on", max_tokens=24, stop=[stop]).choices[0]
+        if cut.finish_reason == "stop":
+            create(client, "Go on" + cut.text + stop + " and on", max_tokens=3)
+    (record,) = serving.finish(job, leases, ids)
+    if cut.finish_reason == "stop":
+        assert record.calls[2].parent == 1
