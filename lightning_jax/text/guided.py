@@ -173,7 +173,7 @@ class Guide:
 
     def _arguments(self, function: dict) -> str:
         """JSON under a tool's schema, as Lark writes it."""
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
+        schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}  # arguments are nothing else
         if function.get("strict"):
             return _json(schema)
         try:

@@ -16,7 +16,7 @@ SCHEMA = {
     "required": ["ok", "n"],
     "additionalProperties": False,
 }
-SMALL = {"properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+SMALL = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": SMALL}} for name in ("first", "second")]
 
 
