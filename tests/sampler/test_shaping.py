@@ -224,7 +224,7 @@ def mixed(prompts) -> list[tuple[str, list[int], SamplingParams]]:
 
 @pytest.fixture(scope="module")
 def together(model, mixed):
-    return run(model.engine(**SIZES | {"max_slots": 32}), mixed)
+    return run(model.engine(**SIZES), mixed)
 
 
 @pytest.mark.parametrize(
@@ -369,18 +369,17 @@ def test_a_bias_of_no_token_is_refused(engine, prompts):
 
 
 def test_what_is_compiled(model, prompts):
-    """Nothing for free requests; for each decode shape in use one program for grammars and one for penalties."""
-    engine = model.engine(max_slots=4, max_seq_len=64, num_pages=1024, prefill_chunk=16, decode_steps=3)
-    engine.warmup()
-    warm = programs.jitted().compilations()
+    """For each decode shape in use, one program for grammars and one for penalties; nothing more for anybody."""
+    engine = model.engine(**SIZES, decode_steps=3)
     run(engine, [(f"{i}", prompts[4], sampling(i, max_tokens=20)) for i in range(6)])
-    assert programs.jitted().compilations() == warm
+    warm = programs.jitted().compilations()
     short = {"max_tokens": 20, "logit_bias": ()}
     run(engine, [(f"{i}", prompts[4], pointed(i, **short, top_logprobs=i % 2)) for i in range(6)])
     assert programs.jitted().compilations() == warm + 1
     run(engine, [(f"{i}", prompts[4], sampling(i, max_tokens=20, presence_penalty=1.0)) for i in range(6)])
     assert programs.jitted().compilations() == warm + 2
     run(engine, [(f"{i}", prompts[4], [sampling, pointed][i % 2](i, max_tokens=20)) for i in range(6)])
+    run(engine, [(f"{i}", prompts[4], sampling(i, max_tokens=20)) for i in range(6)])
     assert programs.jitted().compilations() == warm + 2
 
 

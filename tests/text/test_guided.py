@@ -209,18 +209,18 @@ def test_where_no_call_is_required_text_is_free_and_calls_are_valid(tokenizers, 
         "mistral": '[TOOL_CALLS] [{"name": "move", "arguments": {"x": 1, "y": %s}}]',
     }[family]
     before = "" if family == "llama3" else "I move {it} now:\n"
+    spelled = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
 
     def takes(text: str) -> bool:
         """Whether this can be a whole reply, of the longest tokens that are allowed."""
         cursor, rest = grammar.start(), text.encode()
         while rest:
-            spelled = {token: tokenizer.token_bytes(token) for token in allowed(cursor, tokenizer.vocab_size).tolist()}
-            fitting = [token for token, data in spelled.items() if data and rest.startswith(data)]
+            choices = set(allowed(cursor, tokenizer.vocab_size).tolist())
+            fitting = [spelled[rest[:n]] for n in range(20, 0, -1) if spelled.get(rest[:n]) in choices]
             if not fitting:
                 return False
-            token = max(fitting, key=lambda token: len(spelled[token]))
-            cursor.accept(token)
-            rest = rest[len(spelled[token]) :]
+            cursor.accept(fitting[0])
+            rest = rest[len(tokenizer.token_bytes(fitting[0])) :]
         return not set(tokenizer.eos_ids).isdisjoint(allowed(cursor, tokenizer.vocab_size).tolist())
 
     assert takes("") and takes("Well, 2 < 3 {so} it is.\n\n[1]") and takes(before + call % 50)
