@@ -45,7 +45,7 @@ def download_model(
                 except InvalidConfigError:  # the server has started again, or has tidied up
                     if renewals == _MOST_RENEWALS:
                         raise
-                    export = _export(transport, params | {"checkpoint": export["checkpoint"]})
+                    export = _export(transport, params | _same(export))
             _put_in_place(partial, target, [file["name"] for file in export["files"]])
     except OSError as error:
         raise InvalidConfigError(
@@ -61,7 +61,12 @@ def _export(transport: Transport, params: dict[str, str]) -> dict:
         export = transport.request("GET", "/api/models/exports", params=params | {"wait_s": _WAIT_S})
         if export["files"] is not None:
             return export
-        params = params | {"checkpoint": export["checkpoint"]}
+        params = params | _same(export)
+
+
+def _same(export: dict) -> dict[str, str]:
+    """What to ask for to get this export again, though `latest` may mean another by now."""
+    return {"model": export["model"], "checkpoint": export["checkpoint"]}
 
 
 # ---- fetching ----

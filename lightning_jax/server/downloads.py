@@ -78,7 +78,8 @@ class Exports:
         """The export of a checkpoint, which is begun if there is none.
 
         Args:
-            model: its name, or its number from 1 on; None for the first.
+            model: its name, or its number from 1 on; None for the one whose part of a checkpoint `checkpoint` names,
+                or the first.
             checkpoint: as `rl.checkpoint.resolve` takes it, or "initial"; "latest" is "initial" before the first one.
 
         Raises:
@@ -88,6 +89,9 @@ class Exports:
             raise InvalidConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
         if format == "onnx":
             onnx_export.check_available()
+        above, _, last = checkpoint.rstrip("/").rpartition("/")
+        if model is None and above and len(self._policies) > 1 and last in self._policies:
+            checkpoint, model = above, last  # as a result of several models names each one's part
         policy = self._policy(model)
         path = self._resolve(checkpoint)
         stat = path.stat() if path else None

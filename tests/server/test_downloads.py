@@ -21,6 +21,8 @@ from agent_lightning import Client
 from agent_lightning.exceptions import InvalidConfigError, ServerConnectionError
 from lightning_jax.server import downloads
 
+from .conftest import TOOL_CALL
+
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("huggingface", "safetensors", "onnx")
 
@@ -155,6 +157,39 @@ def test_into_a_folder_that_holds_another_model(trained, tmp_path):
     assert not list(target.glob("model-*")) and not (target / "model.onnx_data").exists()
     assert_is_the_policy(trained, transformers_logits(target, trained.said[0]), 1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_of_several_models_each_has_its_own(start, random_model, tool_model, tmp_path):
+    two = start({"query": random_model, "answer": tool_model})
+    two.policies.prepare_training()
+    two.policies.save_checkpoint({"job_id": "", "step": 0})
+    part = f"{two.config.workdir}/checkpoints/step-0/answer"
+    query, answer = [safetensors.numpy.load_file(folder / "model.safetensors") for folder in (random_model, tool_model)]
+    asked = [
+        ({}, query),
+        ({"model": "query", "checkpoint": "initial"}, query),
+        ({"model": "answer"}, answer),
+        ({"model": "2", "checkpoint": "initial"}, answer),
+        ({"checkpoint": part}, answer),
+    ]
+    with Client(two.url) as client:
+        for number, (options, expected) in enumerate(asked):
+            folder = client.download_model(tmp_path / str(number), **options)
+            found = safetensors.numpy.load_file(folder / "model.safetensors")
+            assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in found)
+        assert (folder / "tokenizer.json").read_bytes() == (tool_model / "tokenizer.json").read_bytes()
+        with pytest.raises(InvalidConfigError, match="query, answer"):
+            client.download_model(tmp_path / "none", model="judge")
+
+        job, (lease,), ids = two.open()
+        body = {"messages": [{"role": "user", "content": "2+2?"}], "max_tokens": 20}
+        for role in ("1", "answer"):
+            httpx.post(f"{two.model_api(lease)}/model/{role}/v1/chat/completions", json=body, timeout=60)
+        two.finish(job, [lease], ids)
+        (trajectory,) = client.trajectories(job)
+    assert [t.metadata["model"] for t in trajectory.transitions] == ["query", "answer"]
+    assert [t.metadata["role"] for t in trajectory.transitions] == ["query", "answer"]
+    assert trajectory.transitions[1].output == f"<tool_call>{TOOL_CALL}</tool_call>"
 
 
 # ---- what goes wrong on the way ----
