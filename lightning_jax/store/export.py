@@ -112,6 +112,7 @@ def _schema(pa: Any) -> Any:
                 "top_p": pa.float64(),
                 "top_k": pa.int32(),
                 "role": pa.string(),
+                "constrained": pa.bool_(),
             }
         ),
         "prompt_ids": pa.list_(pa.int32()),

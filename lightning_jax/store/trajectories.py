@@ -124,6 +124,7 @@ def _transition(call: CallRecord, attempt: int, tokenizers: Mapping[str, Tokeniz
             "top_p": call.top_p,
             "top_k": call.top_k,
             "role": call.role,
+            "constrained": call.constrained,
         },
         "prompt_ids": prompt_ids,
         "sampled_ids": sampled_ids,
