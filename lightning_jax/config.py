@@ -71,6 +71,7 @@ def default_config() -> config_dict.ConfigDict:
     algorithm.kl_coef = 0.001  # weight of KL(policy || initial model) in the loss; at 0 no reference is kept
     algorithm.clip_range = 0.2  # the probability ratio is clipped to 1 +- this
     algorithm.entropy_coef = 0.01  # weight of the entropy bonus
+    algorithm.credit = "trajectory"  # every call has the trajectory's advantage; "step": each by the rewards from it on
     algorithm.shuffle_rewards = False  # a control: rewards change places within the batch, so nothing can be learned
     algorithm.actor_lr = config_dict.placeholder(float)  # PPO alone, like the three below
     algorithm.critic_lr = config_dict.placeholder(float)
@@ -153,6 +154,7 @@ _RULES = {
     "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
     "algorithm.name": _one_of("grpo"),
+    "algorithm.credit": _one_of("trajectory", "step"),
     "algorithm.adam_b1": _DECAY,
     "algorithm.adam_b2": _DECAY,
     "algorithm.max_grad_norm": _POSITIVE,

@@ -25,9 +25,11 @@ def rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n:
     groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
     flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
     causes = collections.Counter(record.cause for record in records if record.status == "failed")
+    on_the_way = [sum(call.reward for call in record.calls) for record in records if record.status == "succeeded"]
     return {
         "reward/mean": mean(return_n),
         "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
+        "reward/intermediate_mean": float(np.mean(on_the_way)) if on_the_way else 0.0,
         "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
         "rollout/count": len(records),
         "rollout/failed": sum(causes.values()),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_jax.rl import trajectory
+from lightning_jax.rl import advantages, credit, trajectory
 from lightning_jax.store import CallRecord, RolloutRecord
 
 
@@ -18,23 +18,58 @@ def calls_of(record: RolloutRecord, model: str | None) -> list[CallRecord]:
     return [dataclasses.replace(record.calls[i], parent=position.get(record.calls[i].parent)) for i in chosen]
 
 
-def build(records: Sequence[RolloutRecord], trained_n: np.ndarray, model: str | None = None) -> list[trajectory.Row]:
+def step_advantages(
+    records: Sequence[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray, *, is_shuffled: bool = False
+) -> list[dict[int, float]]:
+    """For each rollout its calls' advantages, by `CallRecord.index`, where `algorithm.credit` is "step".
+
+    A call is credited with what came after it, whichever model was called.
+
+    Args:
+        records: a step's rollouts.
+        return_n: [N] float32, their total rewards; NaN for those that failed.
+        group_n: [N] int32, the group of each.
+        is_shuffled: `return_n` is of other rollouts (`algorithm.shuffle_rewards`), and all that there is to credit.
+    """
+    rewards = []
+    for record, total in zip(records, return_n, strict=True):
+        of_calls = [0.0 if is_shuffled else call.reward for call in record.calls]
+        rewards.append(credit.transition_rewards(of_calls, total if is_shuffled else record.reward or 0.0))
+    by_call = credit.step_advantages(rewards, group_n, advantages.trained_rollouts(return_n, group_n))
+    return [
+        {call.index: float(advantage) for call, advantage in zip(record.calls, advantage_j, strict=True)}
+        for record, advantage_j in zip(records, by_call, strict=True)
+    ]
+
+
+def build(
+    records: Sequence[RolloutRecord],
+    trained_n: np.ndarray,
+    model: str | None = None,
+    call_advantages: Sequence[dict[int, float]] | None = None,
+) -> list[trajectory.Row]:
     """The rows of a step's rollouts.
 
     Args:
         records: `Row.rollout_index` counts them.
         trained_n: [N] bool, the rollouts to take.
         model: take this model's calls alone.
+        call_advantages: from `step_advantages`; None where a rollout's advantage is that of all its calls.
     """
+
+    def token_calls(i: int, record: RolloutRecord) -> list[trajectory.TokenCall]:
+        of_call = call_advantages[i] if call_advantages is not None else {}
+        return [_token_call(call, of_call.get(call.index)) for call in calls_of(record, model)]
+
     return [
         row
         for i, record in enumerate(records)
         if trained_n[i]
-        for row in trajectory.build_rows([_token_call(call) for call in calls_of(record, model)], i)
+        for row in trajectory.build_rows(token_calls(i, record), i)
     ]
 
 
-def _token_call(call: CallRecord) -> trajectory.TokenCall:
+def _token_call(call: CallRecord, advantage: float | None) -> trajectory.TokenCall:
     return trajectory.TokenCall(
         call_id=call.index,
         parent=call.parent,
@@ -45,4 +80,5 @@ def _token_call(call: CallRecord) -> trajectory.TokenCall:
         policy_version=call.policy_version,
         reward=call.reward,
         constrained=call.constrained,
+        advantage=advantage,
     )

@@ -207,7 +207,11 @@ class _Run:
         advantage_n = advantages.grpo_advantages(trained_return_n, group_n)
         trained_n = advantages.trained_rollouts(trained_return_n, group_n)
         several = len(self.policies) > 1
-        row_lists = {name: rows.build(records, trained_n, name if several else None) for name in self.policies}
+        credits = None
+        if self.config.algorithm.credit == "step":
+            is_shuffled = self.config.algorithm.shuffle_rewards
+            credits = rows.step_advantages(records, trained_return_n, group_n, is_shuffled=is_shuffled)
+        row_lists = {name: rows.build(records, trained_n, name if several else None, credits) for name in self.policies}
         updates = self.policies.update(row_lists, advantage_n)
 
         sample_s, train_s = sampled - start, time.monotonic() - sampled

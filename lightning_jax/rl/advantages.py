@@ -34,6 +34,13 @@ def grpo_advantages(return_n: np.ndarray, group_n: np.ndarray, *, std_eps: float
     advantage_n = np.zeros(len(return_n), np.float32)
     for group in np.unique(np.asarray(group_n)[trained_n]):
         member_n = trained_n & (group_n == group)
-        return_m = np.asarray(return_n)[member_n].astype(np.float64)
-        advantage_n[member_n] = (return_m - return_m.mean()) / (return_m.std(ddof=1) + std_eps)
+        advantage_n[member_n] = normalise(np.asarray(return_n)[member_n], std_eps)
     return advantage_n
+
+
+def normalise(return_m: np.ndarray, std_eps: float) -> np.ndarray:
+    """[M] float64: returns less their mean, over their Bessel-corrected standard deviation; 0 for a single one."""
+    return_m = return_m.astype(np.float64)
+    if len(return_m) < 2:
+        return np.zeros_like(return_m)
+    return (return_m - return_m.mean()) / (return_m.std(ddof=1) + std_eps)

@@ -78,7 +78,7 @@ class Learner:
 
         Args:
             rows: of the rollouts to train on (see `advantages.trained_rollouts`), in any order.
-            advantage_n: [N] float32, by `Row.rollout_index`.
+            advantage_n: [N] float32, by `Row.rollout_index`, for rows that bring no advantages of their own.
 
         Returns:
             Metrics by name; means are over sampled tokens. "policy/kl" is there when there is a reference.

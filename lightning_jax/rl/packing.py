@@ -38,7 +38,7 @@ def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
 
     Args:
         rows: none longer than `length`.
-        advantage_n: [N] float32, by `Row.rollout_index`.
+        advantage_n: [N] float32, by `Row.rollout_index`, for rows that bring no advantages of their own.
         length: T, tokens of a block.
 
     Returns:
@@ -69,7 +69,8 @@ def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
             batch.segment_bt[span] = segment
             batch.position_bt[span] = np.arange(len(row))
             batch.loss_mask_bt[span] = row.loss_mask
-            batch.advantage_bt[span] = np.where(row.loss_mask, advantage_n[row.rollout_index], 0)
+            advantage = advantage_n[row.rollout_index] if row.advantage is None else row.advantage
+            batch.advantage_bt[span] = np.where(row.loss_mask, advantage, 0)
             batch.sampler_logprob_bt[span] = row.sampler_logprob
             batch.temperature_bt[span] = row.temperature
             batch.on_policy_bt[span] = row.on_policy

@@ -27,6 +27,7 @@ class TokenCall:
         constrained: a grammar, penalties or the like changed the distribution, see `SamplingParams.constrained`.
         policy_version: of the weights that sampled.
         reward: credited to this call.
+        advantage: of this call's tokens, where calls have advantages of their own; None where the rollout's holds.
     """
 
     call_id: int
@@ -38,6 +39,7 @@ class TokenCall:
     policy_version: int = 0
     reward: float = 0.0
     constrained: bool = False
+    advantage: float | None = None
 
 
 @dataclasses.dataclass
@@ -54,6 +56,7 @@ class Row:
             on like the others, as if the policy had drawn them itself: the more it agrees with the grammar, the truer
             that is. But their recorded log-probs are of another distribution than the learner's, and are not compared
             with its own.
+        advantage: float32, 0 where `loss_mask` is False; None where the rollout's advantage is every token's.
     """
 
     token_ids: np.ndarray
@@ -62,6 +65,7 @@ class Row:
     temperature: np.ndarray
     rollout_index: int
     on_policy: np.ndarray | None = None
+    advantage: np.ndarray | None = None
 
     def __post_init__(self):
         if self.on_policy is None:
@@ -113,6 +117,7 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         sampler_logprob=np.zeros(len(token_ids), np.float32),
         temperature=np.ones(len(token_ids), np.float32),
         rollout_index=rollout_index,
+        advantage=None if chain[0].advantage is None else np.zeros(len(token_ids), np.float32),
     )
     for call in chain:
         sampled = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.sampled_ids))
@@ -120,6 +125,8 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         row.sampler_logprob[sampled] = call.logprobs
         row.temperature[sampled] = call.temperature
         row.on_policy[sampled] = not call.constrained
+        if row.advantage is not None:
+            row.advantage[sampled] = call.advantage
     return row
 
 
