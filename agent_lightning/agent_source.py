@@ -1,4 +1,7 @@
-"""How an agent travels to the workers: a Python object (cloudpickle, by value) or a script on disk."""
+"""How an agent travels to the workers: a Python object (cloudpickle, by value) or a script on disk.
+
+With it goes what `agent_lightning.runtime` was told in this process: settings, and AIR's handlers.
+"""
 
 import base64
 import inspect
@@ -9,6 +12,7 @@ from collections.abc import Callable
 from importlib import util as importlib_util
 
 from agent_lightning.exceptions import InvalidConfigError
+from agent_lightning.runtime import air, worker_side
 
 USUAL_NAMES = ("agent_func", "my_agent", "agent")
 
@@ -23,41 +27,77 @@ def pack_agent(agent: Callable | str | os.PathLike) -> dict:
     Raises:
         InvalidConfigError: no such script, not callable, or it refers to something that cannot be pickled.
     """
+    runtime = {"settings": worker_side.settings(), "handlers": None}
+    if any(handlers := air.registered().values()):
+        runtime["handlers"] = _pickled(
+            air.registered(),
+            [handler for of_kind in handlers for handler in of_kind],
+            "AIR's handlers",
+            "create clients, locks and connections inside the handlers",
+        )
     if isinstance(agent, (str, os.PathLike)):
         path, function = split_script(os.fspath(agent))
-        return {"kind": "script", "path": path, "function": function}
+        return {"kind": "script", "path": path, "function": function, "runtime": runtime, "sys_path": sys.path}
     if not callable(agent):
         raise InvalidConfigError(
             f"the agent must be a function (resource, task) -> reward or a script path, got {type(agent).__name__}"
         )
-    import cloudpickle
-
-    module = sys.modules.get(getattr(agent, "__module__", None) or "")
-    by_value = module is not None and not _workers_can_import(module)
-    try:
-        if by_value:
-            cloudpickle.register_pickle_by_value(module)
-        data = cloudpickle.dumps(agent)
-    except Exception as error:
-        raise InvalidConfigError(
-            f"the agent cannot be sent to the workers: {type(error).__name__}: {error}",
-            hint="create clients, locks and connections inside the agent function, or put the agent in a file "
-            "and pass its path ('my_agent.py:my_agent')",
-        ) from error
-    finally:
-        if by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-    return {"kind": "pickle", "data": base64.b64encode(data).decode(), "sys_path": sys.path}
+    data = _pickled(
+        agent,
+        [agent],
+        "the agent",
+        "create clients, locks and connections inside the agent function, or put the agent in a file and pass its path "
+        "('my_agent.py:my_agent')",
+    )
+    return {"kind": "pickle", "data": data, "runtime": runtime, "sys_path": sys.path}
 
 
 def unpack_agent(source: dict) -> Callable:
     """The callable that `pack_agent` described; runs in the worker. Whatever loading raises is passed on."""
     if source["kind"] == "script":
         return load_script(source["path"], source["function"])
+    sys.path[:] = source["sys_path"]
+    return ready_to_call(_unpickled(source["data"]))
+
+
+def unpack_handlers(source: dict) -> dict[str, list[Callable]]:
+    """AIR's handlers of the process that packed the agent, by kind; after the agent has been unpacked."""
+    data = source["runtime"]["handlers"]
+    if data is None:
+        return {}
+    sys.path += [folder for folder in source["sys_path"] if folder not in sys.path]
+    return _unpickled(data)
+
+
+def _pickled(value, functions: list[Callable], what: str, hint: str) -> str:
+    """`value` as text, with all of the modules of `functions` that the workers cannot import.
+
+    Raises:
+        InvalidConfigError: it refers to something that cannot be pickled; names `what` and gives the hint.
+    """
     import cloudpickle
 
-    sys.path[:] = source["sys_path"]
-    return ready_to_call(cloudpickle.loads(base64.b64decode(source["data"])))
+    modules = {sys.modules.get(getattr(function, "__module__", None) or "") for function in functions} - {None}
+    by_value = [module for module in modules if not _workers_can_import(module)]
+    registered = []
+    try:
+        for module in by_value:
+            cloudpickle.register_pickle_by_value(module)
+            registered.append(module)
+        return base64.b64encode(cloudpickle.dumps(value)).decode()
+    except Exception as error:
+        raise InvalidConfigError(
+            f"{what} cannot be sent to the workers: {type(error).__name__}: {error}", hint=hint
+        ) from error
+    finally:
+        for module in registered:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _unpickled(data: str):
+    import cloudpickle
+
+    return cloudpickle.loads(base64.b64decode(data))
 
 
 def split_script(text: str) -> tuple[str, str | None]:
@@ -113,7 +153,8 @@ def _pick(module, path: str, name: str | None) -> Callable:
         for usual in USUAL_NAMES:
             if callable(agent := getattr(module, usual, None)) and _accepts_two(agent):
                 return agent
-        candidates = [v for v in own.values() if _takes_two(v)]
+        handlers = [handler for of_kind in air.registered().values() for handler in of_kind]
+        candidates = [v for v in own.values() if _takes_two(v) and v not in handlers]  # these may take two as well
         if len(candidates) == 1:
             return candidates[0]
         problem = f"{path} does not show which function is the agent"

@@ -83,7 +83,7 @@ class Pool:
             raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes from 1 on")
         self._server_url, self._nworkers = server_url, nworkers
         self._agent = agent if isinstance(agent, dict) else pack_agent(agent)
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s, self._verify_ssl = start_timeout_s, verify_ssl
         self._on_output = on_output or _print_output
         self._transport = Transport(
             server_url, api_key=api_key, timeout_s=timeout_s, max_retries=max_retries, verify_ssl=verify_ssl
@@ -113,7 +113,11 @@ class Pool:
             ServerConnectionError: the server stayed away for `give_up_s`.
             KeyRefusedError: the server does not accept the API key.
         """
-        self._hello = {"agent": self._agent, "pythonpath": os.environ.get("PYTHONPATH")}
+        self._hello = {
+            "agent": self._agent,
+            "pythonpath": os.environ.get("PYTHONPATH"),
+            "verify_ssl": self._verify_ssl,
+        }
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_in, selectors.EVENT_READ, lambda events: self._wake_in.recv(4096))
         last, next_check = None, 0.0

@@ -18,7 +18,8 @@ class Resource:
         model_name: the first model's identifier. Any name is accepted by `model_api`; another model's means that one.
         task_id: the task's identifier, the same for every sample of that task.
         worker_id: number of the worker process, from 0.
-        metadata: what was passed to `train(metadata=...)`, and about this rollout at least `rollout_id` and `attempt`.
+        metadata: what was passed to `train(metadata=...)`; and, whatever that holds, about this rollout `mode`, "train"
+            or "evaluate", `rollout_id`, `attempt`, `step` and `policy_version`.
         model_names: all models' identifiers, the first one first.
     """
 
@@ -63,7 +64,8 @@ class _ModelApis(dict):
 class Task(dict):
     """One line of the dataset: a dict whose fields are also attributes.
 
-    `task["x"]` always gives the field. `task.x` gives the field too, unless a dict has a method of that name.
+    `task["x"]` always gives the field. `task.x` gives the field too, unless a dict has a method of that name (`keys`,
+    `items`, `get`, ...).
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ What the agent prints never touches that socket. The process leaves when the poo
 """
 
 import atexit
+import contextvars
 import faulthandler
 import inspect
 import math
@@ -18,14 +19,15 @@ import threading
 import time
 import traceback
 
-from agent_lightning.agent_source import unpack_agent
+from agent_lightning.agent_source import unpack_agent, unpack_handlers
 from agent_lightning.framing import FrameReader, pack
+from agent_lightning.runtime import worker_side
+from agent_lightning.runtime.air import LARGEST_FLOAT32
 from agent_lightning.types import Resource, Task
 
 MAX_TRACEBACK_CHARS = 8000
 PARENT_CHECK_S = 2.0
 EXIT_GRACE_S = 5.0
-LARGEST_FLOAT32 = 3.4028235e38
 
 
 class Worker:
@@ -45,12 +47,15 @@ class Worker:
         if hello is None:
             return 0
         _restore_environment(hello["pythonpath"])
+        source, settings = hello["agent"], hello["agent"]["runtime"]["settings"]
+        self._worker_id, self._verify_ssl = hello["worker_id"], hello["verify_ssl"]
         try:
-            self._agent = unpack_agent(hello["agent"])
+            worker_side.enter(settings, self._worker_id)
+            self._agent = unpack_agent(source)
+            worker_side.settle(settings, unpack_handlers(source))
         except BaseException as error:
             self._send({"kind": "load_failed", "error": describe_error(error)})
             return 1
-        self._worker_id = hello["worker_id"]
         threading.Thread(target=self._leave_with_pool, daemon=True, name="leave-with-pool").start()
         self._send({"kind": "ready"})
         while (lease := self._receive()) is not None:
@@ -63,19 +68,21 @@ class Worker:
     def _rollout(self, lease: dict) -> dict:
         start = time.monotonic()
         result = {"kind": "result", "lease_id": lease["lease_id"], "reward": None, "error": None, "cause": None}
-        try:
-            value = self._agent(*self._arguments(lease))
-            if inspect.isawaitable(value):
-                value = self._await(value)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt of an agent are its failures too
-            result |= {"error": describe_error(error), "cause": "exception"}
-        else:
+        with worker_side.rollout(lease, verify_ssl=self._verify_ssl) as recording:
             try:
-                result["reward"] = finite_reward(value)
-            except ValueError as error:
-                result |= {"error": {"type": "InvalidReward", "message": str(error), "traceback": ""}}
-                result["cause"] = "invalid_reward"
-        return result | {"events": [], "duration_s": time.monotonic() - start}
+                value = self._agent(*self._arguments(lease))
+                if inspect.isawaitable(value):
+                    value = self._await(value)
+            except BaseException as error:  # SystemExit and KeyboardInterrupt of an agent are its failures too
+                result |= {"error": describe_error(error), "cause": "exception"}
+            else:
+                try:
+                    result["reward"] = finite_reward(value)
+                except ValueError as error:
+                    result |= {"error": {"type": "InvalidReward", "message": str(error), "traceback": ""}}
+                    result["cause"] = "invalid_reward"
+        result["events"] = recording.finish(succeeded=result["cause"] is None)
+        return result | {"duration_s": time.monotonic() - start}
 
     def _arguments(self, lease: dict) -> tuple[Resource, Task]:
         model_api, token = lease["model_api"], lease["token"]
@@ -83,8 +90,9 @@ class Worker:
         os.environ["OPENAI_API_KEY"] = token
         os.environ["ANTHROPIC_BASE_URL"] = model_api
         os.environ["ANTHROPIC_API_KEY"] = token
-        metadata = {"rollout_id": lease["rollout_id"], "attempt": lease["attempt"]} | (lease.get("metadata") or {})
-        resource = Resource(model_api, lease["model_name"], str(lease["task_id"]), self._worker_id, metadata)
+        resource = Resource(
+            model_api, lease["model_name"], str(lease["task_id"]), self._worker_id, dict(lease["metadata"])
+        )
         resource.model_names = lease.get("model_names") or [lease["model_name"]]
         return resource, Task(lease["task"])
 
@@ -105,7 +113,8 @@ class Worker:
                     task.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
 
-        return self._loop_runner.run(run())
+        # In a context as of now: the runner's own would keep the first rollout's trace as every later one's parent.
+        return self._loop_runner.run(run(), context=contextvars.copy_context())
 
     def _receive(self) -> dict | None:
         while True:

@@ -17,7 +17,17 @@ from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.policy import Policies
-from lightning_jax.server import control, datasets, dialects, downloads, openai_shared, openapi, trajectories, wire
+from lightning_jax.server import (
+    control,
+    datasets,
+    dialects,
+    downloads,
+    openai_shared,
+    openapi,
+    rollout_calls,
+    trajectories,
+    wire,
+)
 from lightning_jax.server.auth import RequireKey
 from lightning_jax.server.contract import ApiError, ClientGone
 from lightning_jax.server.roles import Generators
@@ -54,6 +64,8 @@ def create_app(
     app.state.generators = Generators(policies, store, config.sampler)
     app.state.closing = lambda: False
     dialects.add_to(app)
+    app.add_route("/rollout/{token}/calls", rollout_calls.calls, methods=["GET"])
+    app.add_route("/rollout/{token}/tool_calls", rollout_calls.tool_calls, methods=["GET"])
     app.include_router(control.router)
     app.include_router(datasets.router)
     app.include_router(downloads.router)

@@ -75,7 +75,7 @@ class CallRecord:
         model: name of the policy that sampled.
         role: what the model was asked as: its name where there are several; else what the agent's URL said, "1" by
             default.
-        reward: what this call alone earned; the agent's return is the rollout's, not the call's.
+        reward: what this call alone earned (AIR); the agent's return is the rollout's, not the call's.
         messages, tools, reply: the canonical request and the assistant message returned for it.
         request: whatever else the dialect wants kept (its name, stop strings, tool choice).
     """

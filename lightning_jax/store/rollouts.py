@@ -114,6 +114,13 @@ class Rollouts:
                     records.append(RolloutRecord(*fields, calls=read_calls(self._database, attempt_id)))
         return records
 
+    def rollout_events(self, rollout_id: int) -> list[dict]:
+        """See `Store.rollout_events`."""
+        self._database.flush()
+        sql = "SELECT events FROM attempts WHERE rollout_id = ? ORDER BY number DESC LIMIT 1"
+        rows = self._database.read(sql, (rollout_id,))
+        return json.loads(rows[0][0]) if rows and rows[0][0] else []
+
     def cancel_open(self, job_id: str) -> int:
         """See `Store.cancel_open`."""
         with self._changed:
@@ -317,6 +324,9 @@ class Rollouts:
         if cause or events:
             sql = "UPDATE attempts SET cause = ?, events = ? WHERE attempt_id = ?"
             self._database.write((sql, [(cause, _json(events) if events else None, lease.attempt_id)]))
+        if rewards := [(e["reward"], lease.attempt_id, e["call_index"]) for e in events or () if _is_reward_event(e)]:
+            sql = "UPDATE calls SET reward = reward + ? WHERE attempt_id = ? AND call_index = ?"
+            self._database.write((sql, rewards))
 
     def _after_end(self, attempts: Sequence[Attempt | None]) -> None:
         """Stops the model calls of ended attempts and tells whoever listens; without the lock."""
@@ -377,6 +387,10 @@ def _lease_message(attempt: Attempt) -> dict:
 
 def _is_reward(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_reward_event(event: dict) -> bool:
+    return event.get("kind") == "reward" and type(event.get("call_index")) is int and _is_reward(event.get("reward"))
 
 
 def _json(value) -> bytes:

@@ -214,6 +214,14 @@ class Store:
         self._database.flush()
         return ended_rollouts(self._database, which, after)
 
+    def rollout_events(self, rollout_id: int) -> list[dict]:
+        """What the worker told beside the reward of the rollout's last attempt: AIR's rewards, and spans.
+
+        {"kind": "reward", "call_index", "reward", "rule", "tool_name"}; {"kind": "span", "name", "span_kind",
+        "trace_id", "span_id", "parent_id", "start_time" (of the worker's clock), "duration_s", "status", "attributes"}.
+        """
+        return self._rollouts.rollout_events(rollout_id)
+
     def cancel_open(self, job_id: str) -> int:
         """Takes back every rollout of the job that has not ended; their workers are told. Returns how many."""
         return self._rollouts.cancel_open(job_id)
@@ -230,7 +238,8 @@ class Store:
         """One exchange with a worker pool, waiting up to `wait_s` for something to tell it.
 
         Args:
-            results: {"lease_id", "reward", "error", "cause", "events", "duration_s"} of attempts that ended.
+            results: {"lease_id", "reward", "error", "cause", "events", "duration_s"} of attempts that ended. Events are
+                kept with the attempt; one like {"kind": "reward", "call_index": 0, "reward": 0.3} adds to the call's.
             running: lease ids the pool still works on; any other lease of it that is not fresh is given up.
             want: how many new leases it can take.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent_lightning import Client, Pool
+from tests.server.conftest import tool_model  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +68,9 @@ class Served:
         self._running.stop()
         self.store.close()
 
-    def open_job(self, tasks: list[dict], *, timeout_s: float = 60.0, max_attempts: int = 1) -> tuple[str, list[int]]:
+    def open_job(
+        self, tasks: list[dict], *, timeout_s: float = 60.0, max_attempts: int = 1, mode: str = "train"
+    ) -> tuple[str, list[int]]:
         """A running job with one rollout for each task; (job id, rollout ids)."""
         from lightning_jax.store import RolloutEntry
 
@@ -77,7 +80,7 @@ class Served:
         rollout_ids = self.store.open_rollouts(
             job_id,
             step=1,
-            mode="train",
+            mode=mode,
             entries=entries,
             timeout_s=timeout_s,
             max_attempts=max_attempts,
@@ -86,9 +89,9 @@ class Served:
         )
         return job_id, rollout_ids
 
-    def run(self, agent, tasks, *, nworkers=2, timeout_s=60.0, max_attempts=1, pool: dict | None = None) -> list:
+    def run(self, agent, tasks, *, nworkers=2, pool: dict | None = None, **job) -> list:
         """Runs an agent on every task; the records in the tasks' order."""
-        job_id, rollout_ids = self.open_job(tasks, timeout_s=timeout_s, max_attempts=max_attempts)
+        job_id, rollout_ids = self.open_job(tasks, **job)
         workers = Pool(self.url, job_id, agent, nworkers, **pool or {})
         with self.ending(job_id, rollout_ids):
             assert workers.run() == "succeeded"
@@ -123,6 +126,40 @@ def served(tmp_path, settings, policies):
     served = Served(tmp_path, settings, policies)
     yield served
     served.close()
+
+
+@pytest.fixture(scope="session")
+def tool_policy(settings, tool_model):  # noqa: F811
+    """A model whose every reply is a call of the tool `add`; with its settings."""
+    from lightning_jax.policy import Policy
+
+    settings = settings.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.model.path = str(tool_model)
+        settings.runtime.max_seq_len = 512
+        settings.sampler.kv_cache_tokens = 4096
+    policy = Policy(settings)
+    yield settings, policy
+    policy.close()
+
+
+@pytest.fixture(scope="module")
+def serving_tools(tmp_path_factory, tool_policy):
+    served = Served(tmp_path_factory.mktemp("served"), *tool_policy)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """`agent_lightning.runtime`, of which nothing stays set."""
+    from agent_lightning import runtime
+    from agent_lightning.runtime import config, tracing
+
+    monkeypatch.setattr(tracing, "_settings", None)
+    yield runtime
+    runtime.air.clear()
+    runtime.set_config(dict.fromkeys(config.explicit()))
 
 
 def is_alive(pid: int) -> bool:

@@ -1,0 +1,80 @@
+"""What SDKs assume in a worker where the agent says nothing.
+
+Base URL and key come from the environment, which the worker sets for each rollout. This fills in the rest, when an SDK
+is imported: the model's name where a client demands one, and `set_config`'s `max_retries` and `timeout`.
+"""
+
+import sys
+from types import ModuleType
+
+from agent_lightning.runtime import config
+from agent_lightning.runtime.import_hook import after_import
+
+_model_name = "default"
+
+
+def install() -> None:
+    """Has SDKs adjusted as they are imported, and again whenever `set_config` is called."""
+    for name, adjust in _ADJUST.items():
+        after_import(name, adjust)
+    config.listen(_adjust_imported)
+
+
+def set_model_name(name: str) -> None:
+    """The model that a client asks for which was given none."""
+    global _model_name
+    _model_name = name
+
+
+def _adjust_imported() -> None:
+    for name, adjust in _ADJUST.items():
+        if name in sys.modules:
+            adjust(sys.modules[name])
+
+
+def _sdk(*client_names: str):
+    """Adjusts the clients of OpenAI's or Anthropic's SDK, whose constructors are made alike."""
+
+    def adjust(module: ModuleType) -> None:
+        for name, value in (("max_retries", config.max_retries()), ("timeout", config.timeout_s())):
+            if value is None:
+                continue
+            for client_name in client_names:
+                defaults = getattr(module, client_name).__init__.__kwdefaults__
+                if name in defaults:
+                    defaults[name] = value
+            if hasattr(module, name):  # openai's client-less calls read these
+                setattr(module, name, value)
+
+    return adjust
+
+
+def _chat_anthropic(module: ModuleType) -> None:
+    fields = {"max_retries": config.max_retries(), "default_request_timeout": config.timeout_s()}
+    _set_field_defaults(module.ChatAnthropic, fields, needs_model="model")
+
+
+def _chat_openai(module: ModuleType) -> None:
+    fields = {"max_retries": config.max_retries(), "request_timeout": config.timeout_s()}
+    _set_field_defaults(module.ChatOpenAI, fields)
+
+
+def _set_field_defaults(model: type, values: dict, needs_model: str | None = None) -> None:
+    """Gives fields of a pydantic model new defaults; those whose value is None keep theirs."""
+    fields = model.model_fields
+    changed = {name: value for name, value in values.items() if value is not None and name in fields}
+    for name, value in changed.items():
+        fields[name].default = value
+    if needs_model in fields and fields[needs_model].is_required():
+        fields[needs_model].default_factory = lambda: _model_name
+        changed[needs_model] = ""
+    if changed:
+        model.model_rebuild(force=True)
+
+
+_ADJUST = {
+    "openai": _sdk("OpenAI", "AsyncOpenAI"),
+    "anthropic": _sdk("Anthropic", "AsyncAnthropic"),
+    "langchain_anthropic.chat_models": _chat_anthropic,
+    "langchain_openai.chat_models.base": _chat_openai,
+}

@@ -1,0 +1,398 @@
+"""Rewards on the way: real workers, a real server, real SDKs, and a model that answers everything with a tool call."""
+
+import asyncio
+import json
+import math
+import re
+
+import pytest
+
+from agent_lightning.exceptions import InvalidConfigError
+from agent_lightning.runtime import recorder
+
+FUNCTION = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+USER = {"role": "user", "content": "2+2?"}
+
+
+def converse(answer, turns, messages=None):
+    """Asks with OpenAI's SDK `turns` times and answers every tool call with `answer(name)`; returns the messages."""
+    import openai
+
+    messages = [*(messages or []), USER]
+    client = openai.OpenAI()
+    for _ in range(turns):
+        tools = [{"type": "function", "function": FUNCTION}]
+        message = client.chat.completions.create(model="m", messages=messages, tools=tools).choices[0].message
+        (call,) = message.tool_calls
+        result = {"role": "tool", "tool_call_id": call.id, "content": answer(call.function.name)}
+        messages += [message.model_dump(exclude_none=True), result]
+    return messages
+
+
+def rewards_of(record):
+    return [pytest.approx(call.reward) for call in record.calls]
+
+
+def agent_without_instruments(resource, task):
+    answers = iter(task.answers)
+    converse(lambda name: next(answers), len(task.answers))
+    return 1.0
+
+
+ANSWERS = {"answers": ["4", "Error: no such number", "never sent"]}
+
+
+def test_tool_results_in_requests_are_rewarded_by_the_references_values(serving_tools, runtime):
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1)
+    assert record.reward == 1.0 and rewards_of(record) == [0.3, -0.2, 0.0]
+    events = serving_tools.store.rollout_events(record.rollout_id)
+    assert [(e["kind"], e["call_index"], e["reward"], e["tool_name"]) for e in events] == [
+        ("reward", 0, 0.3, "add"),
+        ("reward", 1, -0.2, "add"),
+    ]
+
+
+def test_evaluations_are_not_rewarded_and_nothing_is_unless_air_is_on(serving_tools, runtime):
+    (record,) = serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1)
+    assert rewards_of(record) == [0, 0, 0]
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1, mode="evaluate")
+    assert rewards_of(record) == [0, 0, 0]
+
+
+def test_the_environment_switches_it_on_and_set_config_wins(serving_tools, runtime, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_ENABLE_AIR", "true")
+    (record,) = serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1)
+    assert rewards_of(record) == [0.3, -0.2, 0.0]
+    runtime.set_config({"air_enabled": False})
+    (record,) = serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1)
+    assert rewards_of(record) == [0, 0, 0]
+    runtime.set_config({"air_enabled": None})
+    monkeypatch.setenv("LIGHTNING_ENABLE_AIR", "maybe")
+    with pytest.raises(InvalidConfigError, match="LIGHTNING_ENABLE_AIR='maybe'"):
+        serving_tools.run(agent_without_instruments, [ANSWERS], nworkers=1)
+
+
+def test_handlers_as_printed_and_what_else_handlers_do(serving_tools, runtime):
+    """They add up; None, exceptions, NaN and text are 0 and end nothing, and the fault is logged."""
+    air, factor = runtime.air, 2.0
+    runtime.set_config({"air_enabled": True})
+
+    @air.on_tool_success
+    def reward_tool_success(tool_name, output):
+        assert tool_name == "add"
+        return 0.3
+
+    @air.on_tool_success
+    def longer_is_better(tool_name, output):
+        return factor * len(output)
+
+    @air.on_tool_failure
+    def nothing(tool_name, error):
+        return None
+
+    air.on_tool_success(lambda tool_name, output: 1 / 0)
+    air.on_tool_success(lambda tool_name, output: math.nan)
+    air.on_tool_success(lambda tool_name, output: "a lot")
+    printed = []
+    (record,) = serving_tools.run(
+        agent_without_instruments, [ANSWERS], nworkers=1, pool={"on_output": lambda _, text: printed.append(text)}
+    )
+    assert rewards_of(record) == [2.3, 0.0, 0.0]
+    text = "".join(printed)
+    assert "raised ZeroDivisionError" in text and "returned nan" in text and "returned a str" in text
+    rules = [event["rule"] for event in serving_tools.store.rollout_events(record.rollout_id)]
+    assert rules == ["reward_tool_success", "longer_is_better"]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.agent_lightning.test_air import converse
+from agent_lightning.runtime import air, set_config
+
+set_config({{"air_enabled": True}})
+
+@air.on_tool_success
+def reward_tool_success(tool_name, output):
+    return 0.25
+
+def run(resource, task):
+    converse(lambda name: "4", 2)
+    return 1.0
+"""
+
+
+def test_a_script_sets_its_own_and_its_handlers_are_not_taken_for_the_agent(serving_tools, runtime, tmp_path):
+    """Also where the parent has imported the same script: its handler does not come twice."""
+    from importlib import util
+
+    path = tmp_path / "scripted_agent.py"
+    path.write_text(SCRIPT.format(root=str(recorder.__file__).rpartition("/agent_lightning/runtime")[0]))
+    (record,) = serving_tools.run(str(path), [{}], nworkers=1)
+    assert rewards_of(record) == [0.25, 0.0]
+    spec = util.spec_from_file_location("scripted_agent", path)
+    spec.loader.exec_module(util.module_from_spec(spec))
+    assert len(runtime.air.registered()["tool_success"]) == 1
+    (record,) = serving_tools.run(str(path), [{}], nworkers=1)
+    assert rewards_of(record) == [0.25, 0.0]
+
+
+def test_anthropics_is_error(serving_tools, runtime):
+    def agent(resource, task):
+        import anthropic
+
+        client, messages = anthropic.Anthropic(), [USER]
+        tools = [{"name": "add", "input_schema": {"type": "object"}}]
+        for is_error in (False, True, False):
+            reply = client.messages.create(model="m", max_tokens=8, messages=messages, tools=tools)
+            (use,) = [block for block in reply.content if block.type == "tool_use"]
+            result = {"type": "tool_result", "tool_use_id": use.id, "content": "4", "is_error": is_error}
+            blocks = [block.model_dump(exclude_none=True) for block in reply.content]
+            messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": [result]}]
+        return 0.0
+
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert rewards_of(record) == [0.3, -0.2, 0.0], record.traceback
+
+
+def test_a_decorated_tool_is_rewarded_once_and_where_it_was_called(serving_tools, runtime):
+    """Whether its result is sent (turns 1 and 2) or not (3); inside it another tool and code are rewarded as well."""
+    from agent_lightning.runtime import run_code, tool
+
+    @tool
+    def fetch():
+        return run_code("print('x')")
+
+    @tool
+    def add(a, b):
+        if fetch().exit_code:
+            raise AssertionError
+        return a + b
+
+    @tool(name="add")
+    async def asynchronous(a, b):
+        await asyncio.sleep(0)
+        raise ValueError("cannot add")
+
+    def answer(name):
+        return str(add(1, b=2))
+
+    def answer_badly(name):
+        try:
+            return asyncio.run(asynchronous(1, 2))
+        except ValueError:
+            return "sorry"  # that it failed shows in the exception, not in the text
+
+    def agent(resource, task):
+        converse(answer_badly if task.badly else answer, 3)
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    good, bad = serving_tools.run(agent, [{"badly": False}, {"badly": True}], nworkers=1)
+    assert rewards_of(good) == [0.3 + 0.3 + 0.5] * 3, good.traceback
+    assert rewards_of(bad) == [-0.2] * 3
+    names = [event["tool_name"] for event in serving_tools.store.rollout_events(good.rollout_id)]
+    assert sorted(names) == ["add"] * 3 + ["fetch"] * 3 + ["run_code"] * 3
+
+
+def test_the_tool_calls_id_says_which_call_made_it(serving_tools, runtime):
+    """Two calls are made before either's tool runs: the first one's result is the first one's reward."""
+
+    def agent(resource, task):
+        import openai
+
+        client, tools = openai.OpenAI(), [{"type": "function", "function": FUNCTION}]
+
+        def ask(messages):
+            return client.chat.completions.create(model="m", messages=messages, tools=tools).choices[0].message
+
+        first = ask([USER])
+        ask([{"role": "user", "content": "3+3?"}])
+        result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "4"}
+        ask([USER, first.model_dump(exclude_none=True), result])
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert rewards_of(record) == [0.3, 0.0, 0.0]
+
+
+def test_without_an_id_it_is_the_last_call_that_had_ended_when_the_tool_began(serving_tools, runtime):
+    """The tool itself asks the model, as a sub-agent does; what runs before any call earns nothing."""
+    from agent_lightning.runtime import tool
+
+    @tool
+    def helper():
+        import openai
+
+        openai.OpenAI().chat.completions.create(model="m", messages=[USER])
+        return "done"
+
+    @tool
+    def prepare():
+        return "ready"
+
+    def agent(resource, task):
+        prepare()
+        for _ in range(2):
+            import openai
+
+            openai.OpenAI().chat.completions.create(model="m", messages=[USER])
+            helper()
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert rewards_of(record) == [0.3, 0.0, 0.3, 0.0], record.traceback
+
+
+def test_examples_in_the_prompt_are_not_the_models_own_tool_calls(serving_tools, runtime):
+    def agent(resource, task):
+        call = {"id": "example", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+        example = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "example", "content": "4"},
+        ]
+        converse(lambda name: "4", 2, [USER, *example])
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert rewards_of(record) == [0.3, 0.0], record.traceback
+
+
+def test_a_failed_rollout_has_no_rewards(serving_tools, runtime):
+    def agent(resource, task):
+        converse(lambda name: "4", 2)
+        raise RuntimeError("lost")
+
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.status == "failed" and rewards_of(record) == [0, 0]
+
+
+# ---- without a server ----
+
+
+def test_a_function_defined_again_takes_the_place_of_the_earlier_one(runtime):
+    """A notebook's cell that runs twice; but functions made in a loop are different ones."""
+    air = runtime.air
+    for reward in (0.1, 0.2):
+        exec(f"def rule(tool_name, output): return {reward}", namespace := {"__name__": "__main__"})
+        air.on_tool_success(namespace["rule"])
+    assert air.rewards("tool_success", "t", "") == [("rule", 0.2)]
+
+    def make(reward):
+        return lambda tool_name, output: reward
+
+    for reward in (1.0, 2.0):
+        air.on_tool_success(make(reward))
+    assert [reward for _, reward in air.rewards("tool_success", "t", "")] == [0.2, 1.0, 2.0]
+    assert air.rewards("tool_failure", "t", "") == []  # with any rule of one's own the default ones are gone
+
+
+@pytest.mark.parametrize(
+    "content, failed",
+    [
+        ("Error: ValueError('no')\n Please fix your mistakes.", True),  # LangGraph's ToolNode
+        ("Error invoking tool 'add' with kwargs {} with error:\n x", True),
+        ("An error occurred while running the tool. Please try again. Error: x", True),  # OpenAI Agents
+        ("Traceback (most recent call last):\n  File", True),
+        ('{"error": "not found"}', True),
+        ('{"isError": true, "content": []}', True),
+        ('{"error": null, "value": 4}', False),
+        ("Errors are human", False),
+        ("4", False),
+        ("", False),
+        ("{broken", False),
+        ('[{"error": 1}]', False),
+    ],
+)
+def test_what_counts_as_a_failure(runtime, content, failed):
+    assert runtime.air.is_failure(content) is failed
+
+
+def test_matching_prefers_the_surest_pairs():
+    def observed(name, call_index, text, nested=False):
+        return recorder.Observation(name, call_index, nested, texts=(text,))
+
+    def result(tool_call_id, name, content, call_index):
+        return {"tool_call_id": tool_call_id, "name": name, "content": content, "call_index": call_index}
+
+    first, second, other, inner = (
+        observed("add", 1, "4"),
+        observed("add", 1, "5"),
+        observed("python_name", 1, "x"),
+        observed("inner", 1, "y", nested=True),
+    )
+    results = [result("a", "add", "5", 0), result("b", "add", "4", 1), result("c", "wire_name", "z", 1)]
+    pairs = recorder.match([inner, first, second, other], results)
+    assert {o.name + o.texts[0]: r["tool_call_id"] for o, r in pairs.items()} == {
+        "add4": "b",
+        "add5": "a",
+        "python_namex": "c",
+    }
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"air_enable": True}, "did you mean 'air_enabled'"),
+        ({"retries": 3}, "did you mean 'max_retries'"),
+        ({"air_enabled": "yes"}, "air_enabled must be True or False"),
+        ({"max_retries": True}, "max_retries must be a whole number"),
+        ({"timeout": 0}, "timeout must be a number of seconds above 0"),
+        ({"timeout": math.inf}, "timeout must be"),
+    ],
+)
+def test_set_config_says_what_is_wrong_and_sets_nothing(runtime, config, says):
+    from agent_lightning.runtime.config import explicit
+
+    with pytest.raises(InvalidConfigError, match=re.escape(says)):
+        runtime.set_config({"timeout": 5} | {k: v for k, v in config.items()} if "timeout" not in config else config)
+    assert explicit() == {}
+
+
+def test_set_config_as_printed(runtime):
+    from agent_lightning.runtime.config import explicit
+
+    runtime.set_config({"air_enabled": True, "max_retries": 3, "timeout": 60})
+    assert explicit() == {"air_enabled": True, "max_retries": 3, "timeout": 60}
+
+
+# ---- run_code and @tool outside of a worker ----
+
+
+def test_run_code(runtime, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    run_code = runtime.run_code
+    assert run_code("import sys; print('ä'); print('e', file=sys.stderr)") == ("ä\ne\n", 0)
+    result, exit_code = run_code("1/0")
+    assert exit_code == 1 and "ZeroDivisionError" in result
+    assert run_code("import sys; sys.exit(7)").exit_code == 7
+    assert run_code("import os; print(os.environ.get('OPENAI_API_KEY'), os.listdir())").result == "None ['main.py']\n"
+    assert run_code("import os; os.kill(os.getpid(), 9)").exit_code == -9
+    assert run_code("print(input())").exit_code == 1  # no input to wait for
+    flood = run_code("print('x' * 300_000 + 'end')")
+    assert len(flood.result) == 100_000 and flood.result.endswith("xend\n")
+
+
+def test_run_code_ends_what_does_not_end(runtime):
+    code = "import subprocess\nprint('begun', flush=True)\nsubprocess.run(['sleep', '1000'])"
+    assert runtime.run_code(code, timeout=1.0) == ("begun\n", 124)
+
+
+def test_a_tool_stays_the_function_it_is(runtime):
+    @runtime.tool
+    def add(a: int, b: int = 2) -> int:
+        """Adds."""
+        return a + b
+
+    import inspect
+
+    assert add(1) == 3 and add.__name__ == "add" and add.__doc__ == "Adds."
+    assert list(inspect.signature(add).parameters) == ["a", "b"]
+    assert json.dumps(add(1, b=1)) == "2"
