@@ -31,6 +31,9 @@ COMMON = [
     "uvloop>=0.21; platform_system != 'Windows'",
 ]
 
+# What `agent_lightning.runtime.auto_instrument` needs beside the instrumentor of the agent's framework.
+TRACING = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
+
 EXTRAS = {
     "server": ["jax>=0.10,<0.12", *COMMON],
     "cuda12": ["jax[cuda12]>=0.10,<0.12", *COMMON],
@@ -39,15 +42,24 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
     "parquet": ["pyarrow>=17"],  # trajectories as Parquet
+    "tracing": TRACING,
     "dev": [
         "anthropic>=0.40",
+        *TRACING,
         "hypothesis>=6.100",
+        "langchain>=1.0",
+        "langchain-anthropic>=1.0",
+        "langchain-openai>=1.0",
         "jsonschema>=4.20",
         "matplotlib>=3.9",
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "openai>=1.60",
         "pyarrow>=17",
+        "openai-agents>=0.6",
+        "openinference-instrumentation-langchain>=0.1.50",
+        "openinference-instrumentation-openai>=0.1.30",
+        "openinference-instrumentation-openai-agents>=1.2",
         "pytest>=8.0",
         "pytest-asyncio>=1.0",
         "pytest-timeout>=2.3",

@@ -69,6 +69,7 @@ class _Use:
     def __exit__(self, kind, error, traceback) -> None:
         self._inside.__exit__(None, None, None)
         self._span.end(self.output, error)
+        self._span.__exit__(None, None, None)
         if self._recorder is None:
             return
         if error is None:

@@ -1,0 +1,141 @@
+"""What SDKs assume in a worker where the agent says nothing: the reference's snippet, and what set_config sets."""
+
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+
+def evaluate(response):
+    return 1.0 if response.tool_calls or isinstance(response.content, str) else 0.0
+
+
+def verbatim(resource, task):
+    from langchain_anthropic import ChatAnthropic
+
+    # Use model_api for LLM calls
+    llm = ChatAnthropic(base_url=resource.model_api)
+
+    # Access metadata
+    if resource.metadata.get("use_cot"):
+        prompt = f"Think step by step: {task.question}"
+    else:
+        prompt = task.question
+
+    response = llm.invoke(prompt)
+    return evaluate(response)
+
+
+def test_the_references_snippet(serving_tools):
+    (record,) = serving_tools.run(verbatim, [{"question": "2+2?"}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+    (call,) = record.calls
+    assert call.messages == [{"role": "user", "content": "2+2?"}]
+    assert call.request["dialect"] == "anthropic_messages"
+
+
+def test_langchain_with_no_arguments_at_all(serving_tools):
+    def agent(resource, task):
+        from langchain_anthropic import ChatAnthropic
+        from langchain_openai import ChatOpenAI
+
+        class Mine(ChatAnthropic):
+            pass
+
+        assert ChatAnthropic().model == Mine().model == resource.model_name
+        assert ChatAnthropic(model="other").model == "other"
+        return len([llm.invoke("2+2?") for llm in (ChatAnthropic(), Mine(), ChatOpenAI())])
+
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 3.0 and len(record.calls) == 3, record.traceback
+
+
+def test_retries_and_time_limits_of_set_config(serving_tools, runtime, monkeypatch):
+    """Where the SDK is imported before or after set_config; an argument of the agent's wins."""
+
+    def agent(resource, task):
+        import anthropic
+        import openai
+        from langchain_anthropic import ChatAnthropic
+        from langchain_openai import ChatOpenAI
+
+        clients = [openai.OpenAI(), openai.AsyncOpenAI(), anthropic.Anthropic(), anthropic.AsyncAnthropic()]
+        clients += [ChatOpenAI().root_client, ChatAnthropic()._client]
+        for client in clients:
+            assert (client.max_retries, client.timeout) == (task.max_retries, 12.5), client
+        explicit = openai.OpenAI(max_retries=1, timeout=3.0)
+        assert (explicit.max_retries, explicit.timeout) == (1, 3.0)
+        return 1.0
+
+    runtime.set_config({"timeout": 12.5})
+    monkeypatch.setenv("LIGHTNING_MAX_RETRIES", "5")
+    (record,) = serving_tools.run(agent, [{"max_retries": 5}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+    runtime.set_config({"max_retries": 7})
+    (record,) = serving_tools.run(agent, [{"max_retries": 7}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+
+
+def test_set_config_in_the_agent_holds_for_what_is_imported_already(serving_tools):
+    def agent(resource, task):
+        import openai
+
+        from agent_lightning.runtime import set_config
+
+        before = openai.OpenAI().max_retries
+        set_config({"max_retries": 9})
+        return 10 * before + openai.OpenAI().max_retries
+
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 29.0  # the SDK's own default is 2
+
+
+@pytest.fixture
+def silent():
+    """A server that takes requests and never answers: (its URL, the list of connections)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = []
+
+        def take():
+            try:
+                while True:
+                    connections.append(listener.accept()[0])
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    for connection in connections:
+        connection.close()
+
+
+def test_a_call_without_an_answer_ends_in_time(serving_tools, runtime, silent):
+    url, connections = silent
+
+    def agent(resource, task):
+        import openai
+
+        start = time.monotonic()
+        try:
+            openai.OpenAI(base_url=url).models.list()
+        except openai.APITimeoutError:
+            return time.monotonic() - start
+        return None
+
+    runtime.set_config({"timeout": 0.3, "max_retries": 1})
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert 0.6 <= record.reward < 10.0 and len(connections) == 2
+
+
+def test_workers_import_no_sdk_of_their_own(serving_tools):
+    def agent(resource, task):
+        heavy = {"openai", "anthropic", "langchain_core", "langchain_anthropic", "opentelemetry", "httpx"}
+        return len(heavy & set(sys.modules))
+
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 0.0
