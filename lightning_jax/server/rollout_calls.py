@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastapi import Request, Response
 
 from lightning_jax.server import wire
-from lightning_jax.server.contract import ApiError
+from lightning_jax.server.roles import Generators
 from lightning_jax.store import CallRecord
 
 _MAX_CONTENT_CHARS = 20_000
@@ -55,7 +55,5 @@ def tool_results(ended: Sequence[CallRecord]) -> dict:
 
 
 def _ended_calls(request: Request) -> Sequence[CallRecord]:
-    attempt = request.app.state.store.attempt_by_token(request.path_params["token"])
-    if attempt is None:
-        raise ApiError("this rollout URL is unknown, or its attempt has ended", status=401, kind="authentication")
-    return attempt.calls
+    generators: Generators = request.app.state.generators
+    return generators.attempt(request.path_params["token"]).calls

@@ -129,23 +129,23 @@ def served(tmp_path, settings, policies):
 
 
 @pytest.fixture(scope="session")
-def tool_policy(settings, tool_model):  # noqa: F811
+def tool_policies(settings, tool_model):  # noqa: F811
     """A model whose every reply is a call of the tool `add`; with its settings."""
-    from lightning_jax.policy import Policy
+    from lightning_jax.policy import Policies
 
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
         settings.model.path = str(tool_model)
         settings.runtime.max_seq_len = 512
         settings.sampler.kv_cache_tokens = 4096
-    policy = Policy(settings)
-    yield settings, policy
-    policy.close()
+    policies = Policies(settings)
+    yield settings, policies
+    policies.close()
 
 
 @pytest.fixture(scope="module")
-def serving_tools(tmp_path_factory, tool_policy):
-    served = Served(tmp_path_factory.mktemp("served"), *tool_policy)
+def serving_tools(tmp_path_factory, tool_policies):
+    served = Served(tmp_path_factory.mktemp("served"), *tool_policies)
     yield served
     served.close()
 
