@@ -12,6 +12,8 @@ import pytest
 from agent_lightning import Client, Pool
 from tests.server.conftest import tool_model  # noqa: F401 - a fixture
 
+OUR_METADATA = ("mode", "rollout_id", "attempt", "step", "policy_version")  # what nobody can displace
+
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
@@ -84,7 +86,7 @@ class Served:
             entries=entries,
             timeout_s=timeout_s,
             max_attempts=max_attempts,
-            metadata={"colour": "red"},
+            metadata={"colour": "red"} | dict.fromkeys(OUR_METADATA, "the user's"),
             seed=0,
         )
         return job_id, rollout_ids

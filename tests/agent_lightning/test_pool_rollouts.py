@@ -51,7 +51,9 @@ def test_what_the_agent_is_given(served):
         assert resource.task_id == "task-0"
         assert resource.worker_id == 0
         assert resource.metadata["colour"] == "red"
-        assert {"rollout_id", "attempt", "mode", "step", "policy_version"} <= resource.metadata.keys()
+        ours = {"mode": "train", "rollout_id": resource.metadata["rollout_id"], "attempt": 1, "step": 1}
+        assert resource.metadata == {"colour": "red", "policy_version": 0} | ours
+        assert isinstance(resource.metadata["rollout_id"], int)
         base, _, token = resource.model_api.rpartition("/rollout/")
         assert base == url and token
         assert os.environ["OPENAI_BASE_URL"] == resource.model_api + "/v1"
