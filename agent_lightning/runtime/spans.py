@@ -23,7 +23,13 @@ _log = logging.getLogger(__name__)
 
 _DECORATED = "agent_lightning.decorated"  # on the spans of `@tool` and `run_code`, which tell the recorder themselves
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_GEN_AI_KINDS = {"execute_tool": "TOOL", "chat": "LLM", "text_completion": "LLM", "generate_content": "LLM"}
+_GEN_AI_KINDS = {
+    "chat": "LLM",
+    "execute_tool": "TOOL",
+    "generate_content": "LLM",
+    "invoke_agent": "AGENT",
+    "text_completion": "LLM",
+}
 
 # What is kept of a span without its context: nothing that holds what was said.
 _NO_CONTENT = (
@@ -102,15 +108,22 @@ class RolloutSpans(SpanProcessor):
         self._export = export
         self._lock = threading.Lock()
         self._begun: dict[int, tuple[str, Recorder, Observation]] = {}  # spans that may be tools, by their id
-        self._claimed: dict[int, Observation] = {}
+        self._claimed: dict[int, list[Observation]] = {}
 
-    def claim(self, name: str, observation: Observation) -> None:
-        """Says that what an open span of this name encloses is observed already."""
+    def claim(self, observation: Observation) -> None:
+        """Says that the tool of this name is observed already: by the open span so named, or the one that is current.
+
+        LangChain's spans are never current, and smolagents' have their tool's name only when they end.
+        """
+        current = trace.get_current_span().get_span_context().span_id
         with self._lock:
-            for span_id, (span_name, *_) in reversed(self._begun.items()):
-                if span_name == name and span_id not in self._claimed:
-                    self._claimed[span_id] = observation
-                    return
+            named = [
+                span_id
+                for span_id, (name, *_) in self._begun.items()
+                if name == observation.name and not self._claimed.get(span_id)
+            ]
+            for span_id in {*named[-1:], current} & self._begun.keys():
+                self._claimed.setdefault(span_id, []).append(observation)
 
     def on_start(self, span, parent_context=None) -> None:
         span.set_attributes(self.attributes)
@@ -130,7 +143,7 @@ class RolloutSpans(SpanProcessor):
         kind = _kind(span.attributes)
         with self._lock:
             begun = self._begun.pop(span.context.span_id, None)
-            claimed = self._claimed.pop(span.context.span_id, None)
+            claimed = self._claimed.pop(span.context.span_id, [])
         if begun is not None and kind == "TOOL":
             _observe(span, *begun[1:], claimed)
         if (kind == "LLM" and not self.settings.trace_llm_calls) or (
@@ -194,8 +207,8 @@ def _kind(attributes: Mapping[str, Any] | None) -> str | None:
     return attributes.get("openinference.span.kind") or _GEN_AI_KINDS.get(attributes.get("gen_ai.operation.name", ""))
 
 
-def _observe(span: ReadableSpan, rollout: Recorder, observation: Observation, claimed: Observation | None) -> None:
-    """Tells the recorder how a tool's span has ended, unless the function inside it has told already."""
+def _observe(span: ReadableSpan, rollout: Recorder, observation: Observation, claimed: list[Observation]) -> None:
+    """Tells the recorder how a tool's span has ended, unless the function of that name inside it has told already."""
     attributes = span.attributes
     observation.name = attributes.get("tool.name") or attributes.get("gen_ai.tool.name") or span.name
     output = attributes.get("output.value", attributes.get("gen_ai.tool.call.result", ""))
@@ -205,9 +218,10 @@ def _observe(span: ReadableSpan, rollout: Recorder, observation: Observation, cl
     if message:  # LangChain's, which knows the id, and failures that the framework has made a reply of
         call_id, failed = call_id or message["tool_call_id"], failed or message.get("status") == "error"
         output = message.get("content", output)
-    if claimed is not None:
-        claimed.tool_call_id = claimed.tool_call_id or call_id
-        return
+    for told in claimed:
+        if told.name == observation.name:
+            told.tool_call_id = told.tool_call_id or call_id
+            return
     observation.tool_call_id = call_id
     if failed:
         rollout.failed(observation, _error(span) or str(output))

@@ -109,7 +109,7 @@ def begin_decorated(recorder: Recorder, name: str) -> Observation | None:
     """`Recorder.begin` for a function under `@tool`, which a framework's span around it must not report again."""
     observation = recorder.begin(name)
     if observation is not None and _spans is not None:
-        _spans.claim(name, observation)
+        _spans.claim(observation)
     return observation
 
 
