@@ -67,7 +67,10 @@ def _find(name: str):
 def _signature(value, name: str) -> str:
     """A call as it is written, one parameter a line where there are several."""
     short = name.rpartition(".")[2]
-    parameters = [p for p in inspect.signature(value).parameters.values() if p.name != "self"]
+    try:
+        parameters = [p for p in inspect.signature(value).parameters.values() if p.name != "self"]
+    except ValueError:  # a class that is made as the built-in one that it derives from
+        return f"class {short}({value.__base__.__name__})"
     lines, keyword_only = [], False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
