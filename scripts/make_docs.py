@@ -84,6 +84,8 @@ def _signature(value, name: str) -> str:
 
 
 def _default(value) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
     return "..." if "object at" in repr(value) or "factory" in repr(value) else repr(value)
 
 

@@ -32,7 +32,7 @@ def test_upload_train_evaluate_download(command, project):
     --epochs 3"""
     )
     assert "steps: 3 in " in said and "held-out reward: " in said
-    checkpoint = next(line for line in said.splitlines() if line.startswith("checkpoint: ")).rpartition("/")[2]
+    checkpoint = next(line for line in said.splitlines() if line.startswith("last checkpoint: ")).rpartition("/")[2]
 
     said = command(
         """agent-lightning evaluate \\
