@@ -92,9 +92,10 @@ def error_response(error: ApiError) -> Response:
 
 def error_content(error: ApiError) -> dict:
     """The JSON of it."""
+    details = {"details": error.details} if error.details else {}
     return {
         "type": "error",
-        "error": {"type": _TYPES[error.kind], "message": error.message},
+        "error": {"type": _TYPES[error.kind], "message": error.message} | details,
         "request_id": f"req_{secrets.token_hex(12)}",
     }
 
@@ -104,6 +105,10 @@ def error_content(error: ApiError) -> dict:
 
 def _request(body: MessagesRequest) -> GenerateRequest:
     wire.refuse(body, _UNSUPPORTED)
+    if body.model_extra.get("thread"):
+        # The SDK's tool runner asks for a conversation that the server holds, and told this goes on without.
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise ApiError("threads are not supported by this server: send all messages", param="thread", details=details)
     choice = body.tool_choice or {"type": "auto"}
     kind = choice.get("type")
     if kind not in _TOOL_CHOICES or (kind == "tool" and not isinstance(choice.get("name"), str)):

@@ -15,6 +15,7 @@ class ApiError(Exception):
         kind: "invalid_request", "authentication", "not_found", "too_large", "context_length", "rate_limit" or "server".
         param: the field that is wrong, if one is.
         retry_after_s: when it may be tried again; only with "rate_limit".
+        details: more for programs to read, where the dialect has a place for it.
     """
 
     def __init__(
@@ -25,14 +26,10 @@ class ApiError(Exception):
         kind: str = "invalid_request",
         param: str | None = None,
         retry_after_s: int | None = None,
+        details: dict | None = None,
     ):
-        self.message, self.status, self.kind, self.param, self.retry_after_s = (
-            message,
-            status,
-            kind,
-            param,
-            retry_after_s,
-        )
+        self.message, self.status, self.kind, self.param = message, status, kind, param
+        self.retry_after_s, self.details = retry_after_s, details
         super().__init__(message)
 
 

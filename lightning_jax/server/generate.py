@@ -74,7 +74,9 @@ class Generator:
         messages, prompt = self._prompt(request, earlier)
         room = self.policy.max_seq_len - len(prompt.ids)
         if room < 1:
-            text = f"the prompt has {len(prompt.ids)} tokens, which fills the context of {self.policy.max_seq_len}"
+            # In the words of the commercial endpoints, by which agent frameworks tell this error from others.
+            limit = f"this model's maximum context length is {self.policy.max_seq_len}"
+            text = f"prompt is too long: {len(prompt.ids)} tokens, and {limit}"
             raise ApiError(text, kind="context_length", param="messages" if request.prompt is None else "prompt")
         # One prompt in two roles is two prompts, or which call came first would decide about their noise.
         key = b"" if self._role == "1" else self._role.encode()

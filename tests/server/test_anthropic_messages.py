@@ -100,7 +100,7 @@ def test_tool_use(serving_tools):
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
         ({"extra_body": {"temperature": -1}}, "temperature"),
         ({"extra_body": {"stop_sequences": [""]}}, "stop_sequences"),
-        ({"messages": [{"role": "user", "content": "x" * 300}]}, "context of 256"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, "context length is 256"),
     ],
 )
 def test_what_cannot_be_done_is_said(client, options, text):

@@ -156,7 +156,7 @@ def test_a_body_that_is_no_json(serving):
 
 
 def test_a_prompt_that_does_not_fit(client, serving):
-    with pytest.raises(openai.BadRequestError, match="context of 256") as caught:
+    with pytest.raises(openai.BadRequestError, match="context length is 256") as caught:
         create(client, messages=[{"role": "user", "content": "x" * 300}])
     assert caught.value.code == "context_length_exceeded"
     room_for_one = 256 - 1 - len(serving.policy.tokenizer.encode("<|user|><|end|><|assistant|>"))

@@ -146,7 +146,7 @@ def test_a_call_stream_has_the_documented_order(caller):
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format"),
-        ({"input": "x" * 300}, "context of 256"),
+        ({"input": "x" * 300}, "context length is 256"),
     ],
 )
 def test_what_cannot_be_done_is_said(client, options, text):

@@ -157,9 +157,12 @@ def test_a_ping_follows_message_start(serving):
 
 
 def test_errors_before_the_first_token_have_their_status(serving):
-    with openai_client(serving.url) as client, pytest.raises(openai.BadRequestError, match="context of 256"):
+    with openai_client(serving.url) as client, pytest.raises(openai.BadRequestError, match="context length is 256"):
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 300}], stream=True)
-    with anthropic_client(serving.url) as client, pytest.raises(anthropic.BadRequestError, match="context of 256"):
+    with (
+        anthropic_client(serving.url) as client,
+        pytest.raises(anthropic.BadRequestError, match="context length is 256"),
+    ):
         messages = [{"role": "user", "content": "x" * 300}]
         client.messages.create(model="m", max_tokens=3, messages=messages, stream=True)
     with openai_client(serving.url) as client, pytest.raises(openai.RateLimitError):
