@@ -43,6 +43,19 @@ EXTRAS = {
     "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
     "parquet": ["pyarrow>=17"],  # trajectories as Parquet
     "tracing": TRACING,
+    "clients": [  # what agents are written with; tests/clients drives the server with each of these
+        "anthropic>=0.40",
+        "langchain>=1.0",
+        "langchain-anthropic>=1.0",
+        "langchain-openai>=1.0",
+        "langgraph>=1.0",
+        "litellm>=1.80",
+        "openai>=1.60",
+        "openai-agents>=0.10",
+        "pydantic-ai-slim[anthropic,openai]>=2.0",
+        "schemathesis>=4.0",
+        "smolagents>=1.20",
+    ],
     "dev": [
         *TRACING,
         "anthropic>=0.40",

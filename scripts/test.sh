@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source scripts/environment.sh
 make_environment
-install_packages tests ".[server,dev]"
+install_packages tests ".[server,dev,clients]"
 
 # PyTorch is what transformers, the reference of many tests, computes with. The product never imports it. These tests
 # are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error. The CPU

@@ -83,7 +83,7 @@ def test_without_a_supported_python_it_says_which_are(clone, python, found):
 def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
     done, calls = clone("scripts/test.sh", "tests/rl", "-k", "grpo")
     assert done.returncode == 0, done.stderr
-    assert installs(calls)[0].endswith("--editable .[server,dev]")
+    assert installs(calls)[0].endswith("--editable .[server,dev,clients]")
     assert calls[-1] == "-m pytest --numprocesses=2 --dist=loadfile tests/rl -k grpo"
 
 

@@ -66,10 +66,8 @@ def create_app(
     dialects.add_to(app)
     app.add_route("/rollout/{token}/calls", rollout_calls.calls, methods=["GET"])
     app.add_route("/rollout/{token}/tool_calls", rollout_calls.tool_calls, methods=["GET"])
-    app.include_router(control.router)
-    app.include_router(datasets.router)
-    app.include_router(downloads.router)
-    app.include_router(trajectories.router)
+    for part in (control, datasets, downloads, trajectories):
+        app.include_router(part.router, responses=openapi.CLIENT_ERRORS)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))

@@ -42,6 +42,33 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "code": {"type": ["string", "null"]},
 }
 
+# Errors of what `Client` speaks.
+_CLIENT_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["type", "message", "hint"],
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "hint": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+CLIENT_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _CLIENT_ERROR}}}
+    for status, text in {
+        400: "It cannot be done; the message says why.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such dataset, job or model.",
+        422: "A field or a line of the data is wrong.",
+        500: "The server's disk or device failed.",
+    }.items()
+}
+
 
 def document(app: FastAPI) -> dict[str, Any]:
     """The document of this app; made once."""
