@@ -110,9 +110,11 @@ class Generator:
         return [call for call in attempt.calls if call.model == self.policy.name] if attempt else []
 
     def _prompt(self, request: GenerateRequest, earlier: list[CallRecord]) -> tuple[list[dict], chat.Prompt]:
-        tokenizer = self.policy.tokenizer
+        tokenizer, vocab = self.policy.tokenizer, self.policy.config.vocab_size
         try:
             if request.prompt is not None:
+                if not isinstance(request.prompt, str) and not all(0 <= i < vocab for i in request.prompt):
+                    raise ValueError(f"a token id of the prompt is outside the vocabulary of {vocab}")
                 return [], plain.build_plain_prompt(tokenizer, request.prompt, earlier)
             messages = chat.canonical_messages(request.messages)
             if request.continue_final:

@@ -66,8 +66,7 @@ async def test_plain(rollout, client_of, model_of, streamed, version):
 
 
 @both
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("streamed, strict", [(False, False), (True, False), (True, True)])
 async def test_an_agents_conversation_is_one_row(rollout, client_of, model_of, streamed, strict):
     """Six calls for the first question, and another question behind them. Tools are strict unless asked otherwise."""
     tools = [agents.function_tool(function, strict_mode=strict) for function in rollout.tools(6)]

@@ -15,7 +15,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 def test_every_operation(running):
     document = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     settings = hypothesis.settings(
-        max_examples=8,
+        max_examples=12,
         deadline=None,
         derandomize=True,
         database=None,

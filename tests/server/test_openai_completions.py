@@ -81,6 +81,7 @@ def test_a_stream_is_the_reply_in_pieces(client):
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [1, 10**7]}, "vocabulary"),
+        ({"prompt": [1, 10**20]}, "vocabulary"),
         ({"prompt": "x" * 300}, "context length is 256"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"prompt": ["a"] * 1000, "n": 2}, "1024"),
