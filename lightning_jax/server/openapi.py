@@ -42,6 +42,12 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "code": {"type": ["string", "null"]},
 }
 
+_EVENT = {  # each of a stream
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+
 # Errors of what `Client` speaks.
 _CLIENT_ERROR = {
     "type": "object",
@@ -106,7 +112,7 @@ def _operation(dialect: dialects.Dialect, base: str) -> dict[str, Any]:
     name, _ = _RESPONSES[dialect.path]
     content = {"application/json": {"schema": _ref(name)}}
     if "stream" in dialect.body.model_fields and dialect.path != "/messages/count_tokens":
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     is_openai = dialect.error_response is openai_shared.error_response
     body = {"application/json": {"schema": _ref(dialect.body.__name__)}}
     return _described(dialect.endpoint.__name__, base, _ABOUT) | {
