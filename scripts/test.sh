@@ -25,5 +25,6 @@ if ! "$VENV_PYTHON" -c "import sys, torch; sys.exit(torch.__version__.split('+')
     fi
 fi
 
-# Two processes, each with whole files, so that a file's tests share what they compiled. -n 0 runs all in one.
-exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile "$@"
+# Two processes, each with whole files, so that a file's tests share what they compiled; in the order in which they are
+# found, since files of few tests are the slowest ones. -n 0 runs all in one process.
+exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -84,7 +84,7 @@ def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
     done, calls = clone("scripts/test.sh", "tests/rl", "-k", "grpo")
     assert done.returncode == 0, done.stderr
     assert installs(calls)[0].endswith("--editable .[server,dev,clients]")
-    assert calls[-1] == "-m pytest --numprocesses=2 --dist=loadfile tests/rl -k grpo"
+    assert calls[-1] == "-m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/rl -k grpo"
 
 
 def test_ci_runs_exactly_the_test_script():
