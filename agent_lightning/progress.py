@@ -32,6 +32,7 @@ class JobProgress:
         self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
         self._first = 0  # the model's step before the job's first update
         self._first_step: tuple[int, float] | None = None
+        self._warned = False
 
     def __enter__(self) -> "JobProgress":
         self._bar.start()
@@ -50,6 +51,7 @@ class JobProgress:
             # The model may have been trained before this job, and the job may be ahead of its events.
             self._first = max(self._first, step - job["step"])
             self._on_step(step - self._first, data)
+            self._warn_without_calls(data)
         elif kind == "evaluation":
             line = f"held-out reward {_number(data['eval/reward'])} ({data['eval/count']:.0f} tasks) at step {step}"
             self.say(line)
@@ -85,6 +87,13 @@ class JobProgress:
             failed = f"{data['rollout/failed']:.0f} failed" if data.get("rollout/failed") else ""
             parts = [f"step {step}/{self._total_steps or '?'}", self._reward, failed, self._speed, self._left]
             self.say("  ".join(filter(None, parts)))
+
+    def _warn_without_calls(self, data: dict) -> None:
+        """Agents that ask another server, or none, get rewards too, and nothing is learned from them."""
+        succeeded = data.get("rollout/count", 0) > data.get("rollout/failed", 0)
+        if succeeded and data.get("rollout/calls") == 0 and not self._warned:
+            self._warned = True
+            self.say("warning: no rollout called the model, so nothing is learned: agents must use resource.model_api")
 
     def _refresh(self) -> None:
         if not self._live:

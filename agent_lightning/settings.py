@@ -21,7 +21,8 @@ def server_url(argument: str | None = None) -> str:
     source, url = ("server_url", argument) if argument else (SERVER_URL, os.environ.get(SERVER_URL))
     if not url:
         raise InvalidConfigError(
-            "no server URL", hint=f"pass server_url='http://localhost:8000' or set {SERVER_URL} to it"
+            "no server URL",
+            hint=f"set {SERVER_URL} to http://localhost:8000 or the like, or pass it as server_url= or --server-url",
         )
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:

@@ -150,7 +150,10 @@ def _explained(error: BaseException, file: str) -> InvalidConfigError:
             if os.path.abspath(frame.filename) == os.path.abspath(file):
                 return _in_config_file(cause, f"{file}, line {frame.lineno}")
         cause = cause.__cause__ or cause.__context__
-    return InvalidConfigError(str(error))  # an unknown flag, with absl's own suggestion
+    hint = None
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in config_lib.setting_types():
+        hint = f"write --config.{error.flagname}"
+    return InvalidConfigError(str(error), hint=hint)  # an unknown flag, with absl's own suggestion
 
 
 def _in_config_file(error: BaseException, source: str) -> InvalidConfigError:

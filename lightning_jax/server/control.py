@@ -285,7 +285,8 @@ async def create_job(request: Request, body: JobBody) -> Response:
         needed["test"] = body.test_data_id
     for split, data_id in needed.items():
         if split not in {info.split for info in store.dataset(data_id)}:
-            raise UnknownError(f"there is no dataset {data_id!r} with {split} tasks", hint="upload it first")
+            hint = f"upload it, or upload it again with a {split} file"
+            raise UnknownError(f"there is no dataset {data_id!r} with {split} tasks", hint=hint)
     if not evaluates and (body.checkpoint or body.num_samples):
         raise InvalidConfigError("checkpoint and num_samples are for evaluations")
     if body.checkpoint:

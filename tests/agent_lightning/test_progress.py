@@ -28,3 +28,15 @@ def test_a_model_that_was_trained_before_counts_its_steps_from_this_job_on(capfd
         progress.on_event(step_event(13), {"step": 3, "total_steps": 3})
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_a_step_without_model_calls_is_warned_of_once(capfd):
+    with JobProgress("training") as progress:
+        for step, calls in (1, 4), (2, 0), (3, 0):
+            data = {"rollout/count": 4, "rollout/failed": 0, "rollout/calls": calls}
+            progress.on_event(step_event(step, **data), {"step": step, "total_steps": 4})
+        failed = {"rollout/count": 4, "rollout/failed": 4, "rollout/calls": 0}
+        progress.on_event(step_event(4, **failed), {"step": 4, "total_steps": 4})
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "step", "warning:", "step", "step"]
+    assert "resource.model_api" in lines[2]

@@ -112,6 +112,7 @@ def test_all_sources_together(program, tmp_path):
         (("--config=server.yaml",), "give --server_config=server.yaml"),
         (("--config=mine.py:9",), "must be a multiple of algorithm.group_size (8), not 9 (mine.py, line 6)"),
         (("--config=mine.py:x",), "ValueError: invalid literal for int() with base 10: 'x' (mine.py, line 6)"),
+        (("--sampler.max_slots=8",), "write --config.sampler.max_slots"),
     ],
 )
 def test_mistakes_are_one_clear_line(program, arguments, says):
