@@ -43,16 +43,18 @@ EXTRAS = {
     "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
     "parquet": ["pyarrow>=17"],  # trajectories as Parquet
     "tracing": TRACING,
-    "clients": [  # what agents are written with; tests/clients drives the server with each of these
+    # What agents are written with; tests/clients drives the server with each of these. Later releases of litellm want
+    # an openai before 3.
+    "clients": [
         "anthropic>=0.40",
         "langchain>=1.0",
         "langchain-anthropic>=1.0",
         "langchain-openai>=1.0",
         "langgraph>=1.0",
-        "litellm>=1.80",
-        "openai>=1.60",
-        "openai-agents>=0.10",
-        "pydantic-ai-slim[anthropic,openai]>=2.0",
+        "litellm>=1.83,<1.84",
+        "openai>=3.54",
+        "openai-agents>=0.24",
+        "pydantic-ai-slim[anthropic,openai]>=2.68",
         "schemathesis>=4.0",
         "smolagents>=1.20",
     ],
