@@ -94,10 +94,7 @@ def _tool_choice(body: ChatRequest) -> tuple[str, str | None]:
             text = 'tool_choice: an object must be {"type": "function", "function": {"name": ...}}'
             raise ApiError(text, param="tool_choice")
         asked, name = "required", function["name"]
-    if asked not in ("auto", "none", "required"):
-        raise ApiError(f"tool_choice: {asked!r} is not one of none, auto, required, an object", param="tool_choice")
-    if asked == "required" and not body.tools:
-        raise ApiError(f"tool_choice {asked!r} needs tools", param="tool_choice")
+    openai_shared.check_tool_choice(asked, body.tools)
     return asked, name
 
 

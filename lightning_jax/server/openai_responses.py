@@ -142,10 +142,7 @@ def _tool_choice(body: ResponsesRequest) -> tuple[str, str | None]:
         if asked.get("type") != "function" or not isinstance(asked.get("name"), str):
             raise ApiError('tool_choice: an object must be {"type": "function", "name": ...}', param="tool_choice")
         asked, name = "required", asked["name"]
-    if asked not in ("auto", "none", "required"):
-        raise ApiError(f"tool_choice: {asked!r} is not one of none, auto, required, an object", param="tool_choice")
-    if asked == "required" and not body.tools:
-        raise ApiError(f"tool_choice {asked!r} needs tools", param="tool_choice")
+    openai_shared.check_tool_choice(asked, body.tools)
     return asked, name
 
 

@@ -127,6 +127,14 @@ def response_format(asked: dict | None, param: str = "response_format") -> tuple
     return ("json_schema" if spec.get("strict") else "json_schema_if_possible"), spec["schema"]
 
 
+def check_tool_choice(asked: str, tools: list[dict] | None) -> None:
+    """Raises ApiError unless `asked` is a `tool_choice`, and one that can be kept with these tools."""
+    if asked not in ("auto", "none", "required"):
+        raise ApiError(f"tool_choice: {asked!r} is not one of none, auto, required, an object", param="tool_choice")
+    if asked == "required" and not tools:
+        raise ApiError(f"tool_choice {asked!r} needs tools", param="tool_choice")
+
+
 def error_response(error: ApiError) -> Response:
     """`error` in OpenAI's shape."""
     return wire.json_response(error_content(error), error.status, error.retry_after_s)
