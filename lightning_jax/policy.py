@@ -322,6 +322,11 @@ class Policies(Mapping[str, Policy]):
         """The one that is meant where none is named."""
         return next(iter(self.values()))
 
+    def find(self, role: str) -> Policy | None:
+        """The one of this number, from 1 on, or name; None if there is none."""
+        numbered = {str(number): policy for number, policy in enumerate(self.values(), 1)}
+        return numbered.get(role) or self.get(role)
+
     @property
     def error(self) -> BaseException | None:
         """The exception that ended the device thread, if one did."""

@@ -131,8 +131,7 @@ class Exports:
     def _policy(self, name: str | None) -> Policy:
         if name is None:
             return self._policies.first
-        numbered = {str(number): known for number, known in enumerate(self._policies, 1)}
-        found = self._policies.get(numbered.get(name, name))
+        found = self._policies.find(name)
         if found is None:
             raise InvalidConfigError(f"there is no model {name!r}", hint=f"there are {', '.join(self._policies)}")
         return found

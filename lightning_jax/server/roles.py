@@ -17,7 +17,7 @@ class Generators:
     """The models' generators."""
 
     def __init__(self, policies: Policies, store: Store, sampler_config: ml_collections.ConfigDict):
-        self._store = store
+        self._policies, self._store = policies, store
         self._generators = {name: Generator(policy, store, sampler_config) for name, policy in policies.items()}
 
     def attempt(self, token: str | None) -> Attempt | None:
@@ -50,10 +50,11 @@ class Generators:
                     f"{role!r} is not a role: letters, digits, '_', '.' and '-'", status=404, kind="not_found"
                 )
             return self._generators[names[0]].in_role(role or "1")
-        numbered = {str(number): name for number, name in enumerate(names, 1)}
         if role is None:
             name = model if model in names else names[0]
-        elif (name := numbered.get(role, role)) not in names:
+        elif (policy := self._policies.find(role)) is not None:
+            name = policy.name
+        else:
             raise ApiError(
                 f"no model {role!r}: there are 1 to {len(names)}, or {', '.join(names)}", status=404, kind="not_found"
             )

@@ -1,6 +1,5 @@
 """A job's trajectories over HTTP, a page at a time."""
 
-import json
 from typing import Literal
 
 import orjson
@@ -8,6 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from lightning_jax.policy import Policies
+from lightning_jax.server import wire
 from lightning_jax.store import Store
 from lightning_jax.store.trajectories import Filter, trajectory
 
@@ -37,17 +37,10 @@ def _page(store: Store, policies: Policies, which: Filter, after: int, limit: in
     tokenizers = {name: policy.tokenizer for name, policy in policies.items()}
     items, size, following = [], 0, None
     for job_id, record in store.ended_rollouts(which, after):
-        item = _json(trajectory(job_id, record, tokenizers))
+        item = wire.dumps(trajectory(job_id, record, tokenizers))
         items.append(item)
         size += len(item)
         if size >= _PAGE_BYTES or len(items) == limit:
             following = record.rollout_id
             break
     return b'{"trajectories":[%s],"next":%s}' % (b",".join(items), orjson.dumps(following))
-
-
-def _json(value: dict) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:  # half of a surrogate pair in an error's text
-        return json.dumps(value).encode()

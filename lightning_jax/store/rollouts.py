@@ -29,6 +29,12 @@ TIMEOUT_GRACE_S = 30.0  # the pool enforces a rollout's time-out; the store does
 _TICK_S = 0.5
 _STALL_S = 5.0  # a tick so late means that this process stood still, and pools could not reach it
 
+# What `RolloutRecord` is made of, in the order of its fields, and the attempt whose calls it has.
+ROLLOUT_COLUMNS = (
+    'rollout_id, task_id, task_index, "group", sample, step, mode, status, cause, reward, error, traceback, attempt, '
+    "duration_s, attempt_id"
+)
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Rollout:
@@ -105,10 +111,7 @@ class Rollouts:
         self._database.flush()
         records = []
         for rollout_id in rollout_ids:
-            sql = (
-                'SELECT rollout_id, task_id, task_index, "group", sample, step, mode, status, cause, reward, error, '
-                "traceback, attempt, duration_s, attempt_id FROM rollouts WHERE rollout_id = ?"
-            )
+            sql = f"SELECT {ROLLOUT_COLUMNS} FROM rollouts WHERE rollout_id = ?"
             for *fields, attempt_id in self._database.read(sql, (rollout_id,)):
                 if fields[7] in ("succeeded", "failed"):
                     records.append(RolloutRecord(*fields, calls=read_calls(self._database, attempt_id)))

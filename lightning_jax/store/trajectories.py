@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_jax.store.records import CallRecord, RolloutRecord, StoreError
-from lightning_jax.store.rollouts import read_calls
+from lightning_jax.store.rollouts import ROLLOUT_COLUMNS, read_calls
 from lightning_jax.text.tokenizer import Tokenizer
 
 _PAGE = 100  # rollouts that are looked up at a time; their calls are read one rollout after the other
-_COLUMNS = (
-    'rollout_id, task_id, task_index, "group", sample, step, mode, status, cause, reward, error, traceback, attempt, '
-    "duration_s, attempt_id, job_id"
-)
 
 
 class Reader(Protocol):
@@ -64,8 +60,8 @@ def ended_rollouts(reader: Reader, which: Filter, after: int = 0) -> Iterator[tu
     wanted = {name: value for name, value in dataclasses.asdict(which).items() if value is not None}
     conditions = "".join(f" AND {name} = ?" for name in wanted)
     sql = (
-        f"SELECT {_COLUMNS} FROM rollouts WHERE rollout_id > ? AND status IN ('succeeded', 'failed'){conditions} "
-        f"ORDER BY rollout_id LIMIT {_PAGE}"
+        f"SELECT {ROLLOUT_COLUMNS}, job_id FROM rollouts "
+        f"WHERE rollout_id > ? AND status IN ('succeeded', 'failed'){conditions} ORDER BY rollout_id LIMIT {_PAGE}"
     )
     while rows := reader.read(sql, (after, *wanted.values())):
         for *fields, attempt_id, job_id in rows:
