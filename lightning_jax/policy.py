@@ -358,9 +358,13 @@ class Policies(Mapping[str, Policy]):
         """
         return self._device.run(self._update, rows, advantage_n).result()
 
-    def save_checkpoint(self, extra: dict[str, Any]) -> None:
-        """Writes weights, optimizers and `extra` (JSON-ready) to disk as `step-N`, all models' or nothing."""
-        self._device.run(self._save_checkpoint, extra).result()
+    def save_checkpoint(self, extra: dict[str, Any]) -> pathlib.Path:
+        """Writes weights, optimizers and `extra` (JSON-ready) to disk as `step-N`, all models' or nothing.
+
+        Returns:
+            The checkpoint's absolute path.
+        """
+        return self._device.run(self._save_checkpoint, extra).result()
 
     def checkpoints(self) -> list[pathlib.Path]:
         """The checkpoints that are kept, in step order."""
@@ -409,10 +413,10 @@ class Policies(Mapping[str, Policy]):
         for name, policy in self.items():
             policy.publish_checkpoint(path, self.checkpoint_item(name))
 
-    def _save_checkpoint(self, extra: dict[str, Any]) -> None:
+    def _save_checkpoint(self, extra: dict[str, Any]) -> pathlib.Path:
         states = {name: policy.state for name, policy in self.items()}
         state = states if len(states) > 1 else self.first.state
-        checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
+        return checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -247,7 +247,7 @@ class _Run:
         return shuffled_n
 
     def _checkpoint(self, step: int, tasks) -> None:
-        self.policies.save_checkpoint(
+        path = self.policies.save_checkpoint(
             {
                 "job_id": self.job_id,
                 "step": step,
@@ -257,7 +257,6 @@ class _Run:
             }
         )
         self.saved_step = step
-        path = (self.workdir / "checkpoints" / f"step-{step}").absolute()
         self.store.add_event(self.job_id, "checkpoint", step, {"path": str(path)})
         self._mark_best()
 
@@ -276,7 +275,7 @@ class _Run:
             checkpoint.mark_best(best)
 
     def _has_checkpoint(self, step: int) -> bool:
-        return (self.workdir / "checkpoints" / f"step-{step}").exists()
+        return (self.policies.checkpoint_dir / f"step-{step}").exists()
 
     def _eval_interval(self) -> int:
         interval = self.spec.get("eval_interval")
