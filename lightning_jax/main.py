@@ -22,7 +22,7 @@ from agent_lightning import agent_source, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line, config_models, memory
+from lightning_jax import command_line, memory
 from lightning_jax import config as config_lib
 from lightning_jax.policy import Policies
 from lightning_jax.server import app as server_app
@@ -101,7 +101,7 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    ways = max(own.model.tensor_parallel for own in config_models.of_each(config).values())
+    ways = memory.most_ways(config)
     if ways > 1 and jax.config.jax_num_cpu_devices < 0:
         # So that a configuration for several devices can be tried where there is none. Other platforms ignore it.
         jax.config.update("jax_num_cpu_devices", ways)

@@ -241,7 +241,7 @@ class Plan:
         def fits(changes: dict[str, Any]) -> bool:
             settings = self.settings.copy_and_resolve_references()
             settings.update_from_flattened_dict(changes)
-            return getattr(estimate_all(self.models, settings), moment) <= device_bytes(_ways(settings))
+            return getattr(estimate_all(self.models, settings), moment) <= device_bytes(most_ways(settings))
 
         def mildest(key: str, others: dict[str, Any]) -> Any:
             """The first of the knob's values that fits; the last where none does."""
@@ -303,10 +303,11 @@ def plan(settings: ml_collections.ConfigDict) -> Plan:
         InvalidConfigError: as `weights.load_config`.
     """
     models = {name: weights.load_config(own.model.path) for name, own in config_models.of_each(settings).items()}
-    return Plan(models, settings, estimate_all(models, settings), device_bytes(_ways(settings)))
+    return Plan(models, settings, estimate_all(models, settings), device_bytes(most_ways(settings)))
 
 
-def _ways(settings: ml_collections.ConfigDict) -> int:
+def most_ways(settings: ml_collections.ConfigDict) -> int:
+    """How many devices share a weight matrix, of the model for which these are most."""
     return max(own.model.tensor_parallel for own in config_models.of_each(settings).values())
 
 
