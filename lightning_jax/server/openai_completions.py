@@ -35,7 +35,7 @@ async def completions(request: Request) -> Response:
     writer = _Writer(body, generator.policy.tokenizer, body.model or generator.policy.name)
     generations: list[Generation] = []
     try:
-        for prompt in _prompts(body):
+        for prompt in writer.prompts:
             generations.append(await generator.start(_request(body, prompt), attempt))
         if body.stream:
             return wire.EventStream(generations, writer.events(generations, request), openai_shared.error_event)
@@ -75,12 +75,12 @@ class _Writer:
     """A request's samples as the wire has them: those of the first prompt, those of the second, and so on."""
 
     def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, model: str):
-        self._body, self._tokenizer, self._prompts = body, tokenizer, _prompts(body)
+        self._body, self._tokenizer, self.prompts = body, tokenizer, _prompts(body)
         self._envelope = openai_shared.envelope("cmpl", "text_completion", model)
 
     def response(self, replies: Sequence[GenerateReply]) -> dict:
         choices = []
-        for prompt, reply in zip(self._prompts, replies, strict=True):
+        for prompt, reply in zip(self.prompts, replies, strict=True):
             for choice in reply.choices:
                 text = self._echo(prompt) + choice.content
                 written = self._choice(len(choices), text, choice, choice.finish_reason, 0)
@@ -106,7 +106,7 @@ class _Writer:
                 content["usage"] = usage() if options.continuous_usage_stats else None
             return wire.event(content)
 
-        for position, (prompt, generation) in enumerate(zip(self._prompts, generations, strict=True)):
+        for position, (prompt, generation) in enumerate(zip(self.prompts, generations, strict=True)):
             echoes = [self._echo(prompt)] * samples
             lengths = [0] * samples
             async for delta in generation.events(request.receive):
