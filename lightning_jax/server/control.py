@@ -280,7 +280,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
     if jobs is None:
         raise InvalidConfigError("this server runs one job of its own and takes no others", hint="start one to serve")
     evaluates = body.kind == "evaluate"
-    needed = {"test": body.test_data_id or body.data_id} if evaluates else {"train": body.data_id}
+    needed = {"test" if evaluates else "train": body.data_id}
     if body.test_data_id:
         needed["test"] = body.test_data_id
     for split, data_id in needed.items():
@@ -292,13 +292,12 @@ async def create_job(request: Request, body: JobBody) -> Response:
     if body.checkpoint:
         jobs.policies.find_checkpoint(body.checkpoint)
     config = jobs.config
-    rollouts = (
-        store.num_tasks(needed["test"], "test") * (body.num_samples or 1)
-        if evaluates
-        else body.batch_size * config.algorithm.group_size
-        if body.batch_size
-        else config.runtime.batch_size
-    )
+    if evaluates:
+        rollouts = store.num_tasks(needed["test"], "test") * (body.num_samples or 1)
+    elif body.batch_size:
+        rollouts = body.batch_size * config.algorithm.group_size
+    else:
+        rollouts = config.runtime.batch_size
     job_id = await run_in_threadpool(jobs.submit, body.model_dump(exclude_none=True))
     return wire.json_response({"job_id": job_id, "rollouts_at_once": min(rollouts, config.sampler.max_slots)})
 
