@@ -44,8 +44,7 @@ _PPO_ONLY = ("algorithm.critic_lr", "algorithm.actor_lr", "algorithm.gae_lambda"
 def default_config() -> config_dict.ConfigDict:
     """All settings with their defaults; locked, so that a misspelt key in a config file is an error there."""
     c = config_dict.ConfigDict()
-    # "train" and "evaluate" run `agent.script` on `data` and end; "plan" only says what memory the settings need
-    c.mode = "serve"  # wait for clients
+    c.mode = "serve"  # wait for clients; "train", "evaluate": run agent.script on data; "plan": tell the memory needed
     c.workdir = "runs/default"  # metrics, checkpoints, store; the same command continues the run; "{seed}" is filled in
     c.seed = 0  # of initial weights, task order and sampling noise
     c.device = "auto"  # "auto" (the best there is), "cpu", "gpu" or "cuda", "tpu"
