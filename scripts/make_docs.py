@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # these packages, not installed ones of another version
 _BLOCK = re.compile(r"<!-- (?P<name>[\w.]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
