@@ -46,10 +46,10 @@ EXTRAS = {
     # What agents are written with; tests/clients drives the server with each of these. Later releases of litellm want
     # an openai before 3.
     "clients": [
-        "anthropic>=0.40",
+        "anthropic>=2.12",
         "langchain>=1.0",
-        "langchain-anthropic>=1.0",
-        "langchain-openai>=1.0",
+        "langchain-anthropic>=1.7",
+        "langchain-openai>=1.7",
         "langgraph>=1.0",
         "litellm>=1.83,<1.84",
         "openai>=3.54",
