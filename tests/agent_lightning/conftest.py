@@ -131,12 +131,13 @@ def served(tmp_path, settings, policies):
 
 
 @pytest.fixture(scope="session")
-def tool_policies(settings, tool_model):  # noqa: F811
+def tool_policies(settings, tool_model, tmp_path_factory):  # noqa: F811
     """A model whose every reply is a call of the tool `add`; with its settings."""
     from lightning_jax.policy import Policies
 
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():
+        settings.workdir = str(tmp_path_factory.mktemp("workdir"))  # the other model's checkpoints may be in its own
         settings.model.path = str(tool_model)
         settings.runtime.max_seq_len = 512
         settings.sampler.kv_cache_tokens = 4096

@@ -44,7 +44,7 @@ def test_rewards_come_back(served, agent):
     assert {record.status for record in records} == {"succeeded"}
 
 
-def test_what_the_agent_is_given(served):
+def test_what_the_agent_is_given(served, policies):
     def agent(resource, task):
         assert task == {"question": "", "x": 1}
         assert resource.model_name == "builtin:tiny"
@@ -52,7 +52,7 @@ def test_what_the_agent_is_given(served):
         assert resource.worker_id == 0
         assert resource.metadata["colour"] == "red"
         ours = {"mode": "train", "rollout_id": resource.metadata["rollout_id"], "attempt": 1, "step": 1}
-        assert resource.metadata == {"colour": "red", "policy_version": 0} | ours
+        assert resource.metadata == {"colour": "red", "policy_version": version} | ours
         assert isinstance(resource.metadata["rollout_id"], int)
         base, _, token = resource.model_api.rpartition("/rollout/")
         assert base == url and token
@@ -62,7 +62,7 @@ def test_what_the_agent_is_given(served):
         assert os.environ.get("PYTHONPATH") == pythonpath
         return 1
 
-    url, pythonpath = served.url, os.environ.get("PYTHONPATH")
+    url, pythonpath, version = served.url, os.environ.get("PYTHONPATH"), policies.first.version
     (record,) = served.run(agent, [{"x": 1}], nworkers=1)
     assert record.reward == 1.0, record.traceback
 
