@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lightning_jax.policy import DeviceThread
+from lightning_jax.sampler.device_thread import DeviceThread
 
 
 @pytest.fixture
