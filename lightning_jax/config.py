@@ -53,6 +53,10 @@ def default_config() -> config_dict.ConfigDict:
     model.path = "builtin:tiny"  # a Hugging Face folder, a .gguf file, or "builtin:tiny"
     model.dtype = "auto"  # of compute: "float32", "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere
     model.tensor_parallel = 1  # devices that share each weight matrix
+    model.lora_rank = 0  # of adapters that learn in the model's place; 0: none, the model itself learns
+    model.lora_alpha = 32.0  # the adapters' products count alpha / rank times
+    model.lora_targets = "all-linear"  # what has adapters: "q_proj,v_proj" and the like, or all seven projections
+    model.frozen = ""  # regular expression over Hugging Face names of parameters that do not learn: "embed_tokens|norm"
 
     # Two or more models that are trained together, in place of the one above: name -> the settings above, and
     # learning_rate (None: algorithm.learning_rate). The first is the one that agents get by default.
@@ -142,6 +146,14 @@ def _one_of(*choices: str) -> _Rule:
     return _Rule(lambda v: v in choices, text, choices)
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        return re.compile(text) is not None
+    except re.error:
+        return False
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _POSITIVE = _Rule(lambda v: v > 0, "greater than 0")
 _DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
 _POWER_OF_TWO = _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
@@ -152,6 +164,12 @@ _RULES = {
     "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
     "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
+    "model.lora_alpha": _POSITIVE,
+    "model.lora_targets": _Rule(
+        lambda v: v == "all-linear" or all(name.strip() in LORA_TARGETS for name in v.split(",")),
+        f"'all-linear' or some of {', '.join(LORA_TARGETS)}, with commas between them",
+    ),
+    "model.frozen": _Rule(_is_pattern, "a regular expression"),
     "algorithm.name": _one_of("grpo"),
     "algorithm.credit": _one_of("trajectory", "step"),
     "algorithm.adam_b1": _DECAY,
@@ -168,7 +186,7 @@ _RULES = {
     "server.port": _Rule(lambda v: 0 <= v <= 65535, "between 0 and 65535"),
 }
 _SMALLEST = {  # section -> smallest value -> names
-    "model": {1: "tensor_parallel"},
+    "model": {0: "lora_rank", 1: "tensor_parallel"},
     "algorithm": {0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef", 2: "group_size"},
     "runtime": {
         0: "total_steps eval_interval checkpoint_interval max_to_keep",
@@ -206,6 +224,9 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
             fail(key, f"must be {rule.text}, not {value!r}", _did_you_mean(str(value), rule.choices))
     if wrong := config_models.contradiction(config, sources):
         fail(*wrong)
+    for key, value in value_of.items():
+        if key.endswith(".frozen") and value and value_of[f"{key.removesuffix('frozen')}lora_rank"]:
+            fail(key, "says which of the model's parameters stay, and with lora_rank they all do", "remove one of them")
     for key in _PPO_ONLY:
         if value_of[key] is not None:
             fail(key, f"is PPO's, and algorithm.name is {config.algorithm.name!r}", "remove it")

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import llama, weights
+from lightning_jax.model import llama, lora, weights
 from lightning_jax.rl import checkpoint
 from lightning_jax.rl import learner as learner_lib
 from lightning_jax.rl.trajectory import Row
@@ -27,6 +28,8 @@ from lightning_jax.rl.update import TrainState
 from lightning_jax.sampler import engine as engine_lib
 from lightning_jax.sampler.device_thread import DeviceThread
 from lightning_jax.text import tokenizer as tokenizer_lib
+
+_KIND = ("lora_rank", "lora_alpha", "lora_targets", "frozen")  # settings of a model that a checkpoint is tied to
 
 
 class Policy:
@@ -36,6 +39,7 @@ class Policy:
         name: what `/v1/models` and `resource.model_names` say.
         config: the model's sizes.
         tokenizer: its tokenizer.
+        trainable: what learns of it.
         max_seq_len: tokens of a conversation, prompt and replies together.
         version: of the weights that the engine samples from; the number of updates behind them.
     """
@@ -52,6 +56,7 @@ class Policy:
         """
         self._settings = settings
         self._dtype = compute_dtype(settings.model.dtype)
+        self.trainable = lora.Trainable.of(settings.model)
         self._mesh = None
         if settings.model.tensor_parallel > 1:
             self._mesh = mesh_lib.make_mesh(tensor=settings.model.tensor_parallel)
@@ -61,7 +66,8 @@ class Policy:
         if self._mesh is not None:  # so that no device holds a large model as a whole
             abstract = llama.abstract_params(weights.load_config(settings.model.path))
             shardings = mesh_lib.shardings(self._mesh, abstract)
-        self.config, self._initial = weights.load_model(settings.model.path, shardings=shardings)
+        self.config, self._initial = weights.load_model(settings.model.path, self._loaded_dtype, shardings)
+        self.trainable.check(self.config)
         self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
         self._learner: learner_lib.Learner | None = None
         self._request_ids = itertools.count()
@@ -131,13 +137,50 @@ class Policy:
     def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
         """A checkpoint's parameters as NumPy arrays of `dtype`, in the master form; None reads the model itself.
 
-        From the disk, in any thread: the device is not touched. `item` as in `restore`. Raises InvalidConfigError.
+        Adapters are merged into their matrices. From the disk, in any thread: the device is not touched. `item` as in
+        `restore`. Raises InvalidConfigError.
         """
         if path is None:
             return weights.load_arrays(self._settings.model.path, dtype)[1]
+        trained = self.read_trained(path, np.float32 if self.trainable.lora_rank else dtype, item)
+        if not (self.trainable.lora_rank or self.trainable.frozen):
+            return trained
+        loaded = weights.load_arrays(self._settings.model.path, self._loaded_dtype)[1]
+        frozen = lora.split(loaded, self.trainable)[1]
+        return lora.merged_arrays(lora.whole(trained, frozen, self.trainable), dtype)
+
+    def read_trained(self, path: pathlib.Path, dtype: np.dtype, item: str | None = None) -> llama.Params:
+        """What a checkpoint holds, the parameters that learn or the adapters; otherwise as `read_weights`."""
+        self._check_kind(path, item)
         nothing = np.zeros((), dtype)  # stands for arrays of every shape without their memory
-        specs = jax.tree.map(lambda spec: np.broadcast_to(nothing, spec.shape), llama.abstract_params(self.config))
+        specs = lora.trained_specs(self.config, self.trainable)
+        specs = jax.tree.map(lambda spec: np.broadcast_to(nothing, spec.shape), specs)
         return checkpoint.restore_params(path, specs, item=item)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint needs beside it to be this policy: the model that it began with, and what learns of it."""
+        settings = self._settings.model
+        return {name: settings[name] for name in ("path", *_KIND)}
+
+    def _check_kind(self, path: pathlib.Path, item: str | None) -> None:
+        """Raises InvalidConfigError where something else learned in the run that made a checkpoint."""
+        origins = checkpoint.read_extra(path, item=item).get("origins", {})
+        saved = origins.get(self.name) if item else next(iter(origins.values()), None)
+        differences = [
+            f"model.{name}={saved[name]!r} there, {self.origin[name]!r} here"
+            for name in _KIND
+            if saved and saved[name] != self.origin[name]
+        ]
+        if differences:
+            raise InvalidConfigError(
+                f"checkpoint {path} was made by a run in which something else learned: {', '.join(differences)}",
+                hint="use the settings that it was made with, or choose another workdir",
+            )
+
+    def _loaded_dtype(self, name: str) -> jnp.dtype:
+        """Of a parameter in memory: float32 if it learns, or else what it is computed with."""
+        return self._dtype if self.trainable.is_frozen(name) else jnp.dtype("float32")
 
     def _make_engine(self) -> engine_lib.Engine:
         s = self._settings.sampler
@@ -167,7 +210,8 @@ class Policy:
 
     def make_learner(self) -> None:
         settings = learner_settings(self._settings, self._dtype)
-        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh)
+        seed = self._settings.seed
+        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh, seed=seed)
         self._initial = None
 
     def restore(self, path: pathlib.Path, item: str | None) -> dict[str, Any]:
@@ -176,6 +220,7 @@ class Policy:
         Args:
             item: this model's in a checkpoint of several; None in one of a single model.
         """
+        self._check_kind(path, item)
         self._learner.state, extra = checkpoint.restore(path, self._learner.abstract_state(), item=item)
         return extra
 
@@ -186,18 +231,20 @@ class Policy:
     def publish(self, version: int) -> float:
         """Gives the engine the learner's weights: the next request is sampled from them. Returns the seconds taken."""
         start = time.monotonic()
-        self._engine.publish(self._learner.state.params, version)
+        self._engine.publish(self._learner.params, version)
         return time.monotonic() - start
 
     def publish_checkpoint(self, path: pathlib.Path, item: str | None) -> None:
         """Gives the engine a checkpoint's weights, with its step as their version; the learner keeps its own."""
-        # In the sampler's own dtype: there is no room to be counted on for a second set of master weights.
+        self._check_kind(path, item)
+        # In the sampler's own dtype: there is no room to be counted on for a second set of master weights. Adapters are
+        # small, and merged in float32.
+        dtype = jnp.float32 if self.trainable.lora_rank else self._dtype
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, self._dtype, sharding=x.sharding),
-            self._learner.abstract_state().params,
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self._learner.abstract_state().params
         )
-        params = checkpoint.restore_params(path, abstract, item=item)
-        self._engine.publish(params, checkpoint.step_of(path))
+        trained = checkpoint.restore_params(path, abstract, item=item)
+        self._engine.publish(lora.whole(trained, self._learner.frozen, self.trainable), checkpoint.step_of(path))
 
 
 class Policies(Mapping[str, Policy]):
@@ -341,6 +388,7 @@ class Policies(Mapping[str, Policy]):
     def _save_checkpoint(self, extra: dict[str, Any]) -> pathlib.Path:
         states = {name: policy.state for name, policy in self.items()}
         state = states if len(states) > 1 else self.first.state
+        extra = extra | {"origins": {name: policy.origin for name, policy in self.items()}}
         return checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
 
 
@@ -370,4 +418,5 @@ def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> lea
         max_seq_len=r.max_seq_len,
         remat=None if r.remat == "none" else r.remat,
         compute_dtype=dtype.name,
+        trainable=lora.Trainable.of(config.model),
     )

@@ -27,9 +27,11 @@ __all__ = [
     "ParamSpec",
     "RopeScaling",
     "abstract_params",
+    "adapter_names",
     "cast_params",
     "forward",
     "init_params",
+    "init_specs",
     "rope_frequencies",
     "unembed",
     "unstack_layers",
@@ -99,7 +101,12 @@ def abstract_params(config: LlamaConfig) -> dict[str, Any]:
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
     """Random parameters in the master form; jit it with `out_shardings` to make a large model in place."""
-    specs, treedef = jax.tree.flatten(abstract_params(config))
+    return init_specs(abstract_params(config), key, dtype)
+
+
+def init_specs(specs: dict[str, Any], key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random parameters for a tree of `ParamSpec`."""
+    specs, treedef = jax.tree.flatten(specs)
     keys = jax.random.split(key, len(specs))
     return treedef.unflatten([spec.init(k, spec.shape, dtype) for spec, k in zip(specs, keys, strict=True)])
 
@@ -179,9 +186,9 @@ def _block(
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
     with jax.named_scope("attention"):
         y_btd = _rms_norm(x_btd, layer["attn_norm_d"], config.rms_norm_eps)
-        q_btkgh = jnp.einsum("btd,dkgh->btkgh", y_btd, layer["q_dkgh"])
-        k_btkh = jnp.einsum("btd,dkh->btkh", y_btd, layer["k_dkh"])
-        v_btkh = jnp.einsum("btd,dkh->btkh", y_btd, layer["v_dkh"])
+        q_btkgh = _project("btd,dkgh->btkgh", y_btd, layer, "q_dkgh")
+        k_btkh = _project("btd,dkh->btkh", y_btd, layer, "k_dkh")
+        v_btkh = _project("btd,dkh->btkh", y_btd, layer, "v_dkh")
         if config.attention_bias:
             q_btkgh, k_btkh, v_btkh = (
                 q_btkgh + layer["q_bias_kgh"],
@@ -193,13 +200,31 @@ def _block(
             k_btkh = _rms_norm(k_btkh, layer["k_norm_h"], config.rms_norm_eps)
         q_btkgh, k_btkh = _rotate(q_btkgh, rope), _rotate(k_btkh, rope)
         out_btkgh, cache = attend(q_btkgh, k_btkh, v_btkh, cache)
-        x_btd = x_btd + jnp.einsum("btkgh,kghd->btd", out_btkgh.astype(x_btd.dtype), layer["o_kghd"])
+        x_btd = x_btd + _project("btkgh,kghd->btd", out_btkgh.astype(x_btd.dtype), layer, "o_kghd")
     with jax.named_scope("mlp"):
         y_btd = _rms_norm(x_btd, layer["mlp_norm_d"], config.rms_norm_eps)
-        gate_btf = jnp.einsum("btd,df->btf", y_btd, layer["gate_df"])
-        up_btf = jnp.einsum("btd,df->btf", y_btd, layer["up_df"])
-        x_btd = x_btd + jnp.einsum("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, layer["down_fd"])
+        gate_btf = _project("btd,df->btf", y_btd, layer, "gate_df")
+        up_btf = _project("btd,df->btf", y_btd, layer, "up_df")
+        x_btd = x_btd + _project("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, layer, "down_fd")
     return x_btd, cache
+
+
+def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
+    """x W, and (x A) B more where the matrix has an adapter (see `lora.py`); `axes` are those of x W."""
+    product = jnp.einsum(axes, x, layer[name])
+    a, b = adapter_names(name)
+    if a not in layer:
+        return product
+    x_axes, out_axes = axes.split(",")[0], axes.split("->")[1]
+    low_rank = jnp.einsum(f"{x_axes},{a.rpartition('_')[2]}->btr", x, layer[a])
+    return product + jnp.einsum(f"btr,{b.rpartition('_')[2]}->{out_axes}", low_rank, layer[b])
+
+
+def adapter_names(name: str) -> tuple[str, str]:
+    """Names of a matrix's adapter: ("q_a_dr", "q_b_rkgh") of "q_dkgh"."""
+    stem, _, axes = name.rpartition("_")
+    cut = 1 if axes[0] == "d" else len(axes) - 1  # what it is multiplied with is "d", or all but "d"
+    return f"{stem}_a_{axes[:cut]}r", f"{stem}_b_r{axes[cut:]}"
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

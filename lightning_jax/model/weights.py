@@ -23,6 +23,7 @@ from lightning_jax.model.llama import Params, abstract_params
 
 BUILTIN = "builtin:"
 Tensors = dict[str, Callable[[], np.ndarray]]  # Hugging Face name -> reads the tensor
+DType = Any  # a dtype, or a function from a parameter's name to its dtype
 
 TOP_NAMES = {
     "embed_vd": "model.embed_tokens.weight",
@@ -88,13 +89,13 @@ def load_config(path: str | pathlib.Path) -> LlamaConfig:
 
 
 def load_model(
-    path: str | pathlib.Path, dtype: jnp.dtype = jnp.float32, shardings: Any = None
+    path: str | pathlib.Path, dtype: DType = jnp.float32, shardings: Any = None
 ) -> tuple[LlamaConfig, Params]:
     """Reads a model.
 
     Args:
         path: see `model_folder`.
-        dtype: of the returned parameters.
+        dtype: of the returned parameters; or a function of their names, those of the leaves, that gives each its own.
         shardings: a tree as `mesh.shardings` makes, for where each parameter goes; None for the default device.
 
     Returns:
@@ -107,7 +108,7 @@ def load_model(
     return config, _assemble(config, tensors, dtype, shardings, str(path))
 
 
-def load_arrays(path: str | pathlib.Path, dtype: np.dtype = np.float32) -> tuple[LlamaConfig, Params]:
+def load_arrays(path: str | pathlib.Path, dtype: DType = np.float32) -> tuple[LlamaConfig, Params]:
     """The same with NumPy arrays: no device is touched."""
     config, tensors = _open(path)
     return config, _assemble(config, tensors, dtype, None, str(path), put=lambda value, sharding: value)
@@ -124,7 +125,7 @@ def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
 
 
 def _assemble(
-    config: LlamaConfig, tensors: Tensors, dtype: jnp.dtype, shardings: Any, path: str, put: Callable = jax.device_put
+    config: LlamaConfig, tensors: Tensors, dtype: DType, shardings: Any, path: str, put: Callable = jax.device_put
 ) -> Params:
     """Reads, reshapes and stacks what the config's abstract tree asks for; `put(array, sharding)` places each."""
     specs = abstract_params(config)
@@ -150,10 +151,11 @@ def _assemble(
 
     def leaf(tree_path: tuple[Any, ...], spec: Any, sharding: Any = None) -> Any:
         name = tree_path[-1].key
+        own_dtype = dtype(name) if callable(dtype) and not isinstance(dtype, type) else dtype
         if len(tree_path) == 1:
-            value = read(TOP_NAMES[name], name, spec.shape).astype(dtype)
+            value = read(TOP_NAMES[name], name, spec.shape).astype(own_dtype)
         else:
-            value = np.empty(spec.shape, dtype)
+            value = np.empty(spec.shape, own_dtype)
             for layer in range(config.num_layers):
                 value[layer] = read(_layer_name(name, layer), name, spec.shape[1:])
         return put(value, sharding)

@@ -4,7 +4,7 @@ A checkpoint is written to `tmp.step-N` beside its place and renamed to `step-N`
 symlink `latest` is swapped. A process killed at any moment, or a disk that fills up, leaves the older checkpoints and
 `latest` as they were, and at most a `tmp.` folder that the next save removes.
 
-    checkpoints/step-20/params      float32 masters, restorable alone (serving) and on any mesh
+    checkpoints/step-20/params      float32 masters of what learns, restorable alone (serving) and on any mesh
                         optimizer   optimizer state and step
                         extra       JSON: data position, seed, history, whatever the loop needs to go on
     checkpoints/latest -> step-20

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import llama
+from lightning_jax.model import llama, lora
 from lightning_jax.rl import packing, update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.trajectory import Row
@@ -25,10 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 class Learner:
-    """A policy that is being trained.
+    """A policy that is being trained: all of it, a part, or adapters beside it (`LearnerSettings.trainable`).
 
-    `state` may be replaced, by a checkpoint restored to `abstract_state()`. Every update donates the state before it:
-    whoever else needs the parameters takes a copy (the engine casts and unstacks them into its own).
+    `frozen` are the parameters that do not learn, in the compute dtype, or None. `state` may be replaced, by a
+    checkpoint restored to `abstract_state()`. Every update donates the state before it: whoever else needs the
+    parameters takes a copy (the engine casts and unstacks them into its own).
     """
 
     def __init__(
@@ -38,14 +39,18 @@ class Learner:
         settings: LearnerSettings,
         *,
         mesh: jax.sharding.Mesh | None = None,
+        seed: int = 0,
     ):
-        """Copies `params` twice: as float32 masters and, when there is a KL term, as the frozen reference.
+        """Copies what learns of `params` twice: as float32 masters and, where there is a KL term, for the reference.
+
+        What does not learn is a part of both policies, and is not copied if it is where and as it should be.
 
         Args:
             config: the model's.
             params: the initial policy, any dtype; a resumed run gives these too, since they are the reference.
             settings: the update's.
             mesh: to shard over; None for one device.
+            seed: of the adapters' initial values.
         """
         self.config = config
         self.settings = settings
@@ -54,16 +59,32 @@ class Learner:
         # (those of a checkpoint are) and arrays that it may move have programs compiled for them separately.
         if mesh is None:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            self._params_sharding = self._state_sharding = self._scalar_sharding = device
+            self._trained_sharding = self._state_sharding = self._scalar_sharding = device
         else:
-            self._params_sharding = update.param_shardings(config, mesh)
+            self._trained_sharding = update.trained_shardings(config, settings, mesh)
             self._state_sharding = update.state_shardings(config, settings, mesh)
             self._scalar_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._reference = self._place(params, settings.compute_dtype) if settings.kl_coef else None
+        trained, frozen = lora.split(params, settings.trainable)
+        self.frozen = self._place_frozen(frozen) if frozen else None
+        self._reference = None
+        if settings.kl_coef and settings.trainable.lora_rank:
+            self._reference = self.frozen  # the adapters switched off
+        elif settings.kl_coef:
+            self._reference = lora.whole(self._place(trained, settings.compute_dtype), self.frozen, settings.trainable)
         init_state = jax.jit(functools.partial(update.init_state, settings), out_shardings=self._state_sharding)
-        self.state = init_state(self._place(params, "float32"))
-        totals_sharding = update.Totals(self._params_sharding, self._scalar_sharding, self._scalar_sharding)
+        if settings.trainable.lora_rank:
+            specs = lora.trained_specs(config, settings.trainable)
+            init = functools.partial(llama.init_specs, specs)
+            self.state = init_state(jax.jit(init, out_shardings=self._trained_sharding)(jax.random.key(seed)))
+        else:
+            self.state = init_state(self._place(trained, "float32"))
+        totals_sharding = update.Totals(self._trained_sharding, self._scalar_sharding, self._scalar_sharding)
         self._zero_totals = jax.jit(update.zero_totals, out_shardings=totals_sharding)
+
+    @property
+    def params(self) -> llama.Params:
+        """The policy for the sampler: all parameters, with adapters beside the matrices that have one."""
+        return lora.whole(self.state.params, self.frozen, self.settings.trainable)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of `state`, for `checkpoint.restore`."""
@@ -119,7 +140,7 @@ class Learner:
         old = [[None] * len(batches) for batches in steps]  # a single step's own forward pass gives them
         if len(steps) > 1:
             old = [
-                [update.policy_logprobs(self.state.params, self._put(b), **statics)[0] for b in batches]
+                [update.policy_logprobs(self.state.params, self._put(b), self.frozen, **statics)[0] for b in batches]
                 for batches in steps
             ]
         metrics = []
@@ -136,6 +157,7 @@ class Learner:
                     batch,
                     old_logprob_bt,
                     num_tokens,
+                    self.frozen,
                     mesh=self._mesh,
                     **statics,
                 )
@@ -157,7 +179,16 @@ class Learner:
             # A NumPy leaf goes from the host to its shards, never through one device as a whole.
             return np.array(x, jnp.dtype(dtype)) if isinstance(x, np.ndarray) else jnp.array(x, dtype)
 
-        return jax.device_put(jax.tree.map(copy, params), self._params_sharding)
+        return jax.device_put(jax.tree.map(copy, params), self._trained_sharding)
+
+    def _place_frozen(self, params: llama.Params) -> llama.Params:
+        """What does not learn, in the compute dtype, on the device or spread over the mesh."""
+        sharding = self._scalar_sharding
+        if self._mesh is not None:
+            whole = update.param_shardings(self.config, self._mesh)
+            sharding = lora.split(whole, self.settings.trainable)[1]
+        dtype = jnp.dtype(self.settings.compute_dtype)
+        return jax.device_put(jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params), sharding)
 
 
 def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dict[str, float]:

@@ -3,7 +3,8 @@
 `accumulate` adds a micro-batch's gradient and metric sums to the totals. Every token weighs 1 / (loss tokens of the
 whole optimizer step), so that the division into micro-batches does not show in the gradient. `apply` clips the total
 and takes one AdamW step. Masters, gradients and optimizer state are float32; each micro-batch computes in
-`LearnerSettings.compute_dtype`.
+`LearnerSettings.compute_dtype`. Where only a part of the parameters learns, or adapters do (`model/lora.py`), those are
+what masters, gradients and optimizer state are of; the rest stays in the compute dtype.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import attention, llama
+from lightning_jax.model import attention, llama, lora
 from lightning_jax.rl import losses
 from lightning_jax.rl.packing import Batch
 
@@ -41,6 +42,7 @@ class LearnerSettings:
         min_block_length: packing fills blocks at least this long.
         remat: what the backward pass keeps of each layer, see `llama.REMAT_POLICIES`; None for everything.
         compute_dtype: "float32" or "bfloat16".
+        trainable: what learns.
     """
 
     learning_rate: float = 5e-7
@@ -60,6 +62,7 @@ class LearnerSettings:
     min_block_length: int = 256
     remat: str | None = None
     compute_dtype: str = "float32"
+    trainable: lora.Trainable = lora.Trainable()
 
     def most_blocks(self, length: int) -> int:
         """The most blocks of `length` tokens that a micro-batch has."""
@@ -70,7 +73,7 @@ class LearnerSettings:
 class TrainState:
     """Everything an update changes."""
 
-    params: llama.Params  # float32, stacked layers
+    params: llama.Params  # what learns: float32, stacked layers
     opt_state: optax.OptState
     step: jax.Array  # int32, optimizer steps taken
 
@@ -86,10 +89,20 @@ class Totals:
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def policy_logprobs(
-    params: llama.Params, batch: Batch, *, config: llama.LlamaConfig, settings: LearnerSettings
+    params: llama.Params,
+    batch: Batch,
+    frozen: llama.Params | None = None,
+    *,
+    config: llama.LlamaConfig,
+    settings: LearnerSettings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob and entropy of every token of a batch, [B, T] float32 each; see `losses.token_logprobs`."""
-    params = llama.cast_params(params, jnp.dtype(settings.compute_dtype))
+    """Log-prob and entropy of every token of a batch, [B, T] float32 each; see `losses.token_logprobs`.
+
+    Args:
+        params: what learns; or, without `frozen`, all parameters.
+        frozen: the rest.
+    """
+    params = llama.cast_params(lora.whole(params, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
     attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt)
@@ -103,6 +116,7 @@ def accumulate(
     batch: Batch,
     old_logprob_bt: jax.Array | None,
     num_tokens: jax.Array,
+    frozen: llama.Params | None = None,
     *,
     config: llama.LlamaConfig,
     settings: LearnerSettings,
@@ -112,11 +126,12 @@ def accumulate(
 
     Args:
         totals: of the optimizer step so far.
-        params: float32 masters.
-        reference: in the compute dtype; None without a KL term.
+        params: float32 masters of what learns.
+        reference: all parameters, in the compute dtype; None without a KL term.
         batch: [B, T] each.
         old_logprob_bt: [B, T] float32, of the policy that sampled; None when that is `params`.
         num_tokens: float32 scalar, loss tokens of the whole optimizer step.
+        frozen: the parameters that do not learn, in the compute dtype; None where all do.
     """
     reference_logprob_bt = None
     if reference is not None:
@@ -124,7 +139,7 @@ def accumulate(
             reference_logprob_bt, _ = policy_logprobs(reference, batch, config=config, settings=settings)
 
     def loss(params: llama.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logprob_bt, entropy_bt = policy_logprobs(params, batch, config=config, settings=settings)
+        logprob_bt, entropy_bt = policy_logprobs(params, batch, frozen, config=config, settings=settings)
         old_bt = jax.lax.stop_gradient(logprob_bt) if old_logprob_bt is None else old_logprob_bt
         loss, scalars = losses.grpo_loss(
             logprob_bt,
@@ -147,7 +162,7 @@ def accumulate(
     grads, scalars = jax.grad(loss, has_aux=True)(params)
     grads = jax.tree.map(jnp.add, totals.grads, grads)
     if mesh is not None:
-        grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, mesh))
+        grads = jax.lax.with_sharding_constraint(grads, trained_shardings(config, settings, mesh))
     return Totals(
         grads=grads,
         sums={name: total + scalars.get(name, 0.0) for name, total in totals.sums.items()},
@@ -228,12 +243,18 @@ def param_shardings(config: llama.LlamaConfig, mesh: jax.sharding.Mesh) -> Any:
     return mesh_lib.shardings(mesh, llama.abstract_params(config))
 
 
+def trained_shardings(config: llama.LlamaConfig, settings: LearnerSettings, mesh: jax.sharding.Mesh) -> Any:
+    """Of what learns."""
+    return mesh_lib.shardings(mesh, lora.trained_specs(config, settings.trainable))
+
+
 def state_shardings(config: llama.LlamaConfig, settings: LearnerSettings, mesh: jax.sharding.Mesh) -> TrainState:
     """Optimizer moments live where their parameters do; counters everywhere."""
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.eval_shape(functools.partial(llama.init_params, config), jax.random.key(0))
+    specs = lora.trained_specs(config, settings.trainable)
+    params = jax.eval_shape(functools.partial(llama.init_specs, specs), jax.random.key(0))
     state = jax.eval_shape(functools.partial(init_state, settings), params)
-    shardings = param_shardings(config, mesh)
+    shardings = trained_shardings(config, settings, mesh)
     opt_state = optax.tree_map_params(
         make_optimizer(settings), lambda _, s: s, state.opt_state, shardings, transform_non_params=lambda _: whole
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightning_jax.model import llama
+from lightning_jax.model import llama, lora
 from lightning_jax.model.llama import LlamaConfig
 from lightning_jax.sampler import kv_cache, sampling
 from lightning_jax.sampler.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, SamplingParams
@@ -101,8 +101,13 @@ def _compiler_options() -> dict[str, str] | None:
 
 
 def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
-    """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master."""
-    params = llama.unstack_layers(llama.cast_params(params, dtype))
+    """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master.
+
+    Adapters become a part of their matrices, in float32 and before the cast.
+    """
+    params = llama.unstack_layers(params)
+    params |= {"layers": [lora.merged(layer) for layer in params["layers"]]}
+    params = llama.cast_params(params, dtype)
     return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(jnp.copy(leaf)), params)
 
 

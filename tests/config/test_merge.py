@@ -45,7 +45,7 @@ def error_of(**sources) -> str:
 
 def test_the_references_yaml_is_read_as_printed(tmp_path):
     config = config_lib.merge(yaml_path=write(tmp_path / "server_config.yaml", REFERENCE_YAML), environ={})
-    assert config.model.to_dict() == {
+    assert config.model.to_dict() == config_lib.default_config().model.to_dict() | {
         "path": "meta-llama/Llama-3.2-3B-Instruct",
         "dtype": "bfloat16",
         "tensor_parallel": 4,
@@ -190,6 +190,9 @@ def test_environment_mistakes_name_the_variable(environ, says):
         ("seed", "-1", "(flag --config.seed)"),
         ("seed", True, "seed must be a whole number, not True"),
         ("model.path", "", "model.path must be a Hugging Face folder"),
+        ("model.lora_targets", "q_proj,wte", "model.lora_targets must be 'all-linear' or some of q_proj, k_proj"),
+        ("model.lora_alpha", 0.0, "model.lora_alpha must be greater than 0"),
+        ("model.frozen", "layers[", "model.frozen must be a regular expression, not 'layers['"),
         ("algorithm.clip_range", 1.5, "algorithm.clip_range must be between 0 and 1, not 1.5"),
         ("sampler.page_size", 24, "sampler.page_size must be a power of two"),
         ("agent.nworkers", 0, "agent.nworkers must be at least 1, or -1"),

@@ -47,7 +47,7 @@ def test_models_from_every_source_in_the_order_they_are_written(tmp_path, source
     assert config_models.names(config) == ["query", "answer"]
     own = config_models.of_each(config)
     assert list(own) == ["query", "answer"]
-    assert own["query"].model.to_dict() == {"path": "llama", "dtype": "auto", "tensor_parallel": 1}
+    assert own["query"].model.to_dict() == config_lib.default_config().model.to_dict() | {"path": "llama"}
     assert own["query"].algorithm.learning_rate == 1e-5
     assert own["answer"].model.path == "qwen"
     assert own["answer"].algorithm.learning_rate == config.algorithm.learning_rate == 5e-7
@@ -78,6 +78,16 @@ def test_one_model_is_named_after_its_path():
             "must be one of 'auto', 'float32', 'bfloat16', not 'fp32' (flag",
         ),
         (TWO, {"models.query.tensor_parallel": "0"}, "models.query.tensor_parallel must be at least 1, not 0 (flag"),
+        (
+            TWO,
+            {"models.query.lora_targets": "q"},
+            "models.query.lora_targets must be 'all-linear' or some of q_proj, k_",
+        ),
+        (
+            TWO,
+            {"models.query.lora_rank": "8", "models.query.frozen": "norm"},
+            "models.query.frozen says which of the model's parameters stay, and with lora_rank they all do (flag",
+        ),
         (TWO, {"models.query.learning_rate": "-1"}, "models.query.learning_rate must be at least 0, not -1.0 (flag"),
         (TWO, {"model.path": "x"}, "model.path is the setting of a single model, and models holds query, answer (flag"),
     ],
