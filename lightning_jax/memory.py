@@ -21,7 +21,7 @@ import ml_collections
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import attention, llama, weights
+from lightning_jax.model import attention, llama, lora, weights
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.policy import compute_dtype, learner_settings
 from lightning_jax.rl import losses, packing
@@ -38,16 +38,18 @@ class Need:
 
     Attributes:
         process: of the program itself, where it shares the memory.
-        loaded: the weights as read, float32, which are kept until training begins.
+        loaded: the weights that learn as read, float32, which are kept until training begins.
+        frozen: the others, in the compute dtype.
         sampler: the sampler's copy of them.
         kv_cache: pages, and on CPU the dense copy that decoding works on.
         sampling: what a dispatch works with, about.
-        masters, optimizer, reference, gradients: the learner's.
+        masters, optimizer, reference, gradients: the learner's; the reference's weights that do not learn are `frozen`.
         update: what the largest micro-batch works with, about: its own gradients, activations, logits.
     """
 
     process: int
     loaded: int
+    frozen: int
     sampler: int
     kv_cache: int
     sampling: int
@@ -66,18 +68,18 @@ class Need:
     @property
     def serving(self) -> int:
         """To sample without training."""
-        return self.process + self.loaded + self.sampler + self.kv_cache + self.sampling
+        return self.process + self.loaded + self.frozen + self.sampler + self.kv_cache + self.sampling
 
     @property
     def training(self) -> int:
         """To train, before the first token of an update is counted; the learner is made while `loaded` is there."""
-        learner = self.masters + self.optimizer + self.reference
+        learner = self.frozen + self.masters + self.optimizer + self.reference
         return self.process + self.sampler + self.kv_cache + learner + max(self.loaded, self.gradients)
 
     @property
     def peak(self) -> int:
         """To train when every conversation is as long as it may be."""
-        learner = self.masters + self.optimizer + self.reference + self.gradients
+        learner = self.frozen + self.masters + self.optimizer + self.reference + self.gradients
         return max(self.training, self.process + self.sampler + self.kv_cache + learner + self.update)
 
 
@@ -87,17 +89,18 @@ def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict) -> Need:
     learner = learner_settings(settings, dtype)
     max_seq_len = min(settings.runtime.max_seq_len, model.max_seq_len)
     ways = settings.model.tensor_parallel
-    masters = _param_bytes(model, jnp.dtype("float32"), ways)
-    sampler = _param_bytes(model, dtype, ways)
+    learned, frozen = lora.split(llama.abstract_params(model), learner.trainable)
+    masters = _bytes(lora.trained_specs(model, learner.trainable), jnp.dtype("float32"), ways)
     return Need(
         process=_PROCESS_BYTES // ways if jax.default_backend() == "cpu" else 0,
-        loaded=masters,
-        sampler=sampler,
+        loaded=_bytes(learned, jnp.dtype("float32"), ways),
+        frozen=_bytes(frozen, dtype, ways),
+        sampler=_bytes(llama.abstract_params(model), dtype, ways),
         kv_cache=_kv_bytes(model, settings.sampler, dtype, ways),
         sampling=_sampling_bytes(model, settings.sampler, dtype, ways),
         masters=masters,
         optimizer=2 * masters,
-        reference=sampler if learner.kl_coef else 0,
+        reference=_bytes(learned, dtype, ways) if learner.kl_coef else 0,
         gradients=masters,
         update=_update_bytes(model, learner, max_seq_len, ways),
     )
@@ -114,15 +117,15 @@ def estimate_all(models: Mapping[str, LlamaConfig], settings: ml_collections.Con
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _param_bytes(model: LlamaConfig, dtype: jnp.dtype, ways: int) -> int:
-    """One device's share of the parameters, divided `ways` ways."""
+def _bytes(specs: dict[str, Any], dtype: jnp.dtype, ways: int) -> int:
+    """One device's share of a tree of parameters, divided `ways` ways."""
     mesh = jax.sharding.AbstractMesh((1, 1, ways), mesh_lib.AXES)
 
     def size(spec: llama.ParamSpec) -> int:
         split = any(mesh_lib.partition_spec(mesh, spec.shape, spec.logical_axes)) and ways
         return math.prod(spec.shape) // (split or 1)
 
-    return sum(size(spec) for spec in jax.tree.leaves(llama.abstract_params(model))) * dtype.itemsize
+    return sum(size(spec) for spec in jax.tree.leaves(specs)) * dtype.itemsize
 
 
 def _kv_bytes(model: LlamaConfig, sampler: ml_collections.ConfigDict, dtype: jnp.dtype, ways: int) -> int:
@@ -156,19 +159,24 @@ def _update_bytes(model: LlamaConfig, learner: LearnerSettings, max_seq_len: int
     tokens, width = blocks * length, model.hidden_size
     heads, qkv, mlp, vocab = _shares(model, ways)
     itemsize = jnp.dtype(learner.compute_dtype).itemsize
-    params = _param_bytes(model, jnp.dtype(learner.compute_dtype), ways)
+    trained = lora.trained_specs(model, learner.trainable)
+    params = _bytes(trained, jnp.dtype(learner.compute_dtype), ways)
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
     score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
-    layer = tokens * (16 * width + 8.5 * qkv) * itemsize + 3 * score_bytes
+    adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
+    layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + 3 * score_bytes
     chunk = losses.chunk_length(blocks, length, model.vocab_size)
-    logits = 4 * (3 * blocks * chunk * vocab + 2 * vocab * width + 4 * tokens * width)
+    # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
+    is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
+    matrices = 0 if is_constant and itemsize == 4 else 2
+    logits = 4 * (3 * blocks * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
     saved = {
         "full": width,
-        "dots": 3 * width + qkv + 2 * mlp,
+        "dots": 3 * width + qkv + 2 * mlp + adapted,
         None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.QUERY_CHUNK else 0),
     }[learner.remat]
-    gradients = _param_bytes(model, jnp.dtype("float32"), ways) + (3 * params if itemsize < 4 else 0)
+    gradients = _bytes(trained, jnp.dtype("float32"), ways) + (3 * params if itemsize < 4 else 0)
     return int(gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits))
 
 
@@ -283,10 +291,11 @@ class Plan:
         parts = [
             ("the program itself", need.process),
             ("weights as loaded, float32, until training begins", need.loaded),
+            (f"weights that do not learn, {dtype}", need.frozen),
             (f"sampler's weights, {dtype}", need.sampler),
             (f"KV cache of {s.sampler.kv_cache_tokens} tokens", need.kv_cache),
             (f"sampling for {s.sampler.max_slots} requests, about", need.sampling),
-            ("learner's weights, float32", need.masters),
+            ("what learns, float32", need.masters),
             ("Adam's moments, float32", need.optimizer),
             ("gradients, float32", need.gradients),
             (f"reference for the KL term, {dtype}", need.reference),

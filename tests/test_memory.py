@@ -11,7 +11,7 @@ import pytest
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 from lightning_jax import memory
-from lightning_jax.model import llama, shapes
+from lightning_jax.model import llama, lora, shapes
 from lightning_jax.policy import Policies, learner_settings
 from lightning_jax.rl import update
 from lightning_jax.rl.packing import Batch
@@ -37,24 +37,30 @@ def bytes_of(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_what_stays_is_exact(tmp_path):
+@pytest.mark.parametrize(
+    "learned", [{}, {"model__lora_rank": 4}, {"model__frozen": "embed_tokens|mlp"}], ids=["all", "lora", "a part"]
+)
+def test_what_stays_is_exact(tmp_path, learned):
     """Against the arrays of a real policy, before and after its learner is made."""
     config = settings(
-        workdir=str(tmp_path), runtime__max_seq_len=256, sampler__kv_cache_tokens=8190, sampler__max_slots=4
+        workdir=str(tmp_path), runtime__max_seq_len=256, sampler__kv_cache_tokens=8190, sampler__max_slots=4, **learned
     )
     need = memory.estimate(TINY, config)
     policies = Policies(config)
     try:
         policy = policies.first
         executor = policy._engine._executor
-        assert need.loaded == bytes_of(policy._initial)
+        assert need.loaded + need.frozen == bytes_of(policy._initial)
         assert need.sampler == bytes_of(executor._params)
         assert bytes_of(executor._pages) < need.kv_cache
         policies.prepare_training()
         learner = policy._learner
         assert need.masters == bytes_of(learner.state.params)
         assert need.optimizer == pytest.approx(bytes_of(learner.state.opt_state), abs=64)  # and a counter or two
-        assert need.reference == bytes_of(learner._reference)
+        assert need.frozen == bytes_of(learner.frozen)
+        frozen = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(learner.frozen)}
+        own = [leaf for leaf in jax.tree.leaves(learner._reference) if leaf.unsafe_buffer_pointer() not in frozen]
+        assert need.reference == bytes_of(own)
         totals = jax.eval_shape(update.zero_totals, learner.state.params)
         assert need.gradients == sum(leaf.size * 4 for leaf in jax.tree.leaves(totals.grads))
         # Decoding as many rows, as far, as the pages allow: the copy that it works on.
@@ -69,33 +75,53 @@ def test_what_stays_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, blocks, length, remat",
+    "model, blocks, length, remat, learned",
     [
-        (TINY, 8, 256, "full"),
-        (TINY, 8, 256, "none"),
-        (TINY, 2, 2048, "full"),
-        (dataclasses.replace(SMOLLM2, num_layers=6), 8, 512, "dots"),
-        (dataclasses.replace(SMOLLM2, num_layers=6), 16, 512, "full"),
+        (TINY, 8, 256, "full", {}),
+        (TINY, 8, 256, "none", {}),
+        (TINY, 2, 2048, "full", {}),
+        (TINY, 2, 2048, "full", {"model__lora_rank": 32}),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 8, 512, "dots", {}),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 8, 512, "dots", {"model__lora_rank": 16}),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 16, 512, "full", {}),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 16, 512, "full", {"model__lora_rank": 16}),
+        (dataclasses.replace(SMOLLM2, num_layers=6), 16, 512, "full", {"model__frozen": "embed_tokens"}),
     ],
-    ids=["tiny", "tiny, everything kept", "tiny, long", "smollm2, dots", "smollm2"],
+    ids=str,
 )
-def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, remat):
+def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, remat, learned):
     config = settings(
         runtime__batch_size=blocks,
         algorithm__group_size=blocks,
         runtime__gradient_accumulation=1,
         runtime__max_seq_len=length,
         runtime__remat=remat,
+        **learned,
     )
     learner = learner_settings(config, jnp.dtype("float32"))
-    params = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    whole = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    specs = lora.trained_specs(model, learner.trainable)
+    params = jax.eval_shape(functools.partial(llama.init_specs, specs), jax.random.key(0))
+    frozen = lora.split(whole, learner.trainable)[1] or None
     dtypes = [jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32, jnp.bool_]
     batch = Batch(*(jax.ShapeDtypeStruct((blocks, length), dtype) for dtype in dtypes))
     num_tokens = jax.ShapeDtypeStruct((), jnp.float32)
     totals = jax.eval_shape(update.zero_totals, params)
-    lowered = update.accumulate.lower(totals, params, params, batch, None, num_tokens, config=model, settings=learner)
+    arguments = totals, params, whole, batch, None, num_tokens, frozen
+    lowered = update.accumulate.lower(*arguments, config=model, settings=learner)
     compiled = lowered.compile().memory_analysis().temp_size_in_bytes
     assert 0.9 < memory.estimate(model, config).update / compiled < 1.3
+
+
+def test_adapters_need_a_fraction():
+    """Of a published size: the reference is the frozen model, and only two copies in bfloat16 are left."""
+    full = memory.estimate(LLAMA_3B, settings(model__dtype="bfloat16"))
+    need = memory.estimate(LLAMA_3B, settings(model__dtype="bfloat16", model__lora_rank=32))
+    num_adapter = 28 * 32 * (2 * (3072 + 3072) + 2 * (3072 + 1024) + 3 * (3072 + 8192))  # q and o, k and v, the MLP
+    assert need.masters == 4 * num_adapter and need.optimizer == 8 * num_adapter and need.reference == need.loaded == 0
+    assert need.frozen == need.sampler == full.masters // 2
+    kept = [n.training - n.kv_cache - n.process for n in (need, full)]
+    assert kept[0] < 0.25 * kept[1]
 
 
 def test_devices_share_what_divides():
