@@ -30,6 +30,10 @@ _TYPES = {
     "server": "api_error",
 }
 
+# What LiteLLM, since 1.106, writes in place of an assistant's empty text, for Anthropic refuses that. The text is none
+# that the model wrote: with it a conversation would no longer extend the call that it comes from.
+_NO_TEXT = "[System: Empty message content sanitised to satisfy protocol]"
+
 _TOOL_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -151,7 +155,7 @@ def _chat_messages(message: dict, where: str) -> list[dict]:
     if role not in ("user", "assistant"):
         raise ApiError(f"{where}.role: must be 'user' or 'assistant', not {role!r}", param=f"{where}.role")
     if isinstance(content, str):
-        return [{"role": role, "content": content}]
+        return [{"role": role, "content": "" if (role, content) == ("assistant", _NO_TEXT) else content}]
     if not isinstance(content, list):
         raise ApiError(f"{where}.content: must be a string or a list of blocks", param=f"{where}.content")
     chat, texts, calls = [], [], []
@@ -165,7 +169,8 @@ def _chat_messages(message: dict, where: str) -> list[dict]:
         kind = block.get("type") if isinstance(block, dict) else None
         place = f"{where}.content.{i}"
         if kind == "text":
-            texts.append(_field(block, "text", str, place))
+            text = _field(block, "text", str, place)
+            texts.append("" if (role, text) == ("assistant", _NO_TEXT) else text)
         elif kind == "tool_result" and role == "user":
             end_text()
             result = _text(block.get("content") or "", f"{place}.content")

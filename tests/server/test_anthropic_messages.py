@@ -66,6 +66,19 @@ def test_content_blocks_are_the_same_chat(client, serving):
     )
 
 
+def test_litellms_words_for_an_empty_text_are_none(serving_tools):
+    """As LiteLLM 1.106 sends a call without text back: the conversation goes on from the call's own ids."""
+    job, leases, ids = serving_tools.open()
+    with anthropic.Anthropic(base_url=serving_tools.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        (call,) = create(agent, tools=TOOLS).content
+        empty = {"type": "text", "text": "[System: Empty message content sanitised to satisfy protocol]"}
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "5"}
+        turns = [{"role": "assistant", "content": [empty, call]}, {"role": "user", "content": [result]}]
+        create(agent, messages=[*USER, *turns], tools=TOOLS)
+    (record,) = serving_tools.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0]
+
+
 def test_stop_sequences(client):
     free = create(client, max_tokens=60, extra_body=GREEDY)
     text = free.content[0].text
