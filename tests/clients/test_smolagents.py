@@ -1,5 +1,7 @@
 """Smolagents. Its agents tell the model's past as text of their own, so that each step is a row."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import smolagents
 from smolagents.models import ChatMessage
@@ -73,6 +75,15 @@ def test_a_code_agent_with_tool_less_prompts(rollout):
     agent.run(SAY, max_steps=2)
     rollout.finish()
     assert len(rollout.calls) == 3  # the steps, and the answer it asks for when these are used up
+
+
+def test_64_at_once(rollout):
+    model, prompts = model_of(rollout), [f"{SAY} {i}" for i in range(64)]
+    with ThreadPoolExecutor(64) as threads:
+        replies = list(threads.map(lambda prompt: model.generate([ChatMessage.from_dict(user(prompt)[0])]), prompts))
+    rollout.finish()
+    recorded = {call.messages[-1]["content"]: call.reply["content"] for call in rollout.calls}
+    assert recorded == {prompt: reply.content for prompt, reply in zip(prompts, replies, strict=True)}
 
 
 def test_errors(rollout):
