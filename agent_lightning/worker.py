@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 
+from agent_lightning import agent_source
 from agent_lightning.agent_source import unpack_agent, unpack_handlers
 from agent_lightning.framing import FrameReader, pack
 from agent_lightning.runtime import worker_side
@@ -156,16 +157,23 @@ def finite_reward(value) -> float:
 
 
 def describe_error(error: BaseException) -> dict:
-    """`{"type", "message", "traceback"}`, without this module's own frames."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
+    """`{"type", "message", "traceback"}`, without the frames of what loads and calls the agent."""
     try:
         message = str(error)
-        text = "".join(traceback.format_exception(type(error), error, frames))
+        text = "".join(_without_our_frames(traceback.TracebackException.from_exception(error)).format())
     except Exception:  # an agent's exception class may be broken itself
         message, text = "(the exception could not be printed)", ""
     return {"type": type(error).__name__, "message": message[:2000], "traceback": text[-MAX_TRACEBACK_CHARS:]}
+
+
+def _without_our_frames(error: traceback.TracebackException) -> traceback.TracebackException:
+    ours = (__file__, agent_source.__file__, "<frozen importlib")
+    kept = [frame for frame in error.stack if not frame.filename.startswith(ours)]
+    error.stack = traceback.StackSummary.from_list(kept)
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            _without_our_frames(earlier)
+    return error
 
 
 def _end_group(leader: int) -> None:

@@ -3,11 +3,14 @@
 import asyncio
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from agent_lightning import Pool, TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,3 +98,21 @@ def test_an_agent_may_be_defined_in_main(served, source, tmp_path):
     assert done.stdout == "succeeded\n", done.stderr
     (record,) = served.store.finished(rollout_ids)
     assert (record.status, record.reward) == ("succeeded", 4.5), record.error
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("import no_such_package_of_mine\n", "ModuleNotFoundError: No module named 'no_such_package_of_mine'"),
+        ("def agent(resource, task):\n    return 1 +\n", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_script_that_cannot_be_loaded_shows_its_own_lines_alone(tmp_path, text, last):
+    script = tmp_path / "broken.py"
+    script.write_text(text)
+    pool = Pool("http://127.0.0.1:9", "no-job", str(script), 1, max_retries=0)
+    with pytest.raises(TrainingError) as caught:
+        pool.run()
+    shown = str(caught.value)
+    assert re.findall(r'File "(.*?)"', shown) == [str(script)]
+    assert shown.strip().endswith(last)
