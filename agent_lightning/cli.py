@@ -12,6 +12,15 @@ from agent_lightning import __version__
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 
 PROGRAM = "agent-lightning"
+START_FLAGS = {  # of `server start`, by the setting that each stands for
+    "model.path": "model",
+    "model.tensor_parallel": "gpus",
+    "algorithm.name": "algorithm",
+    "server.host": "host",
+    "server.port": "port",
+    "workdir": "workdir",
+}
+STARTED_HERE = "AGENT_LIGHTNING_STARTED_BY_CLI"  # tells the server to name these flags in what it says
 
 EXAMPLES = f"""examples:
   {PROGRAM} server start --model builtin:tiny --port 8000
@@ -90,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.parser.print_help(sys.stderr)
         return 2
     if rest and not options.takes_settings:
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        message = f"unrecognized arguments: {' '.join(rest)}"
+        if any(argument.startswith(("--config", "--server_config")) for argument in rest):
+            message += f"\n  hint: settings belong to the server: give them to `{PROGRAM} server start`"
+        options.parser.error(message)
     options.rest = rest
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of this package's source
     try:
@@ -115,18 +127,11 @@ def start_server(options: argparse.Namespace) -> None:
             f"the server needs packages that are not installed: {', '.join(missing)}",
             hint="in the source folder: pip install '.[server]' (CPU), '.[cuda12]', '.[cuda13]' or '.[tpu]'",
         )
-    settings = {
-        "mode": "serve",
-        "model.path": options.model,
-        "model.tensor_parallel": options.gpus,
-        "algorithm.name": options.algorithm,
-        "server.host": options.host,
-        "server.port": options.port,
-        "workdir": options.workdir,
-    }
+    settings = {"mode": "serve"} | {key: getattr(options, flag) for key, flag in START_FLAGS.items()}
     flags = [f"--config.{key}={value}" for key, value in settings.items() if value is not None]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "lightning_jax.main", *flags, *options.rest])
+    command = [sys.executable, "-m", "lightning_jax.main", *flags, *options.rest]
+    os.execve(sys.executable, command, os.environ | {STARTED_HERE: "1"})
 
 
 def upload_data(options: argparse.Namespace) -> None:
@@ -152,6 +157,7 @@ def train(options: argparse.Namespace) -> None:
     print(f"final reward: {result.final_reward:.4f}")
     if len(result.test_rewards) > 1:
         print(f"held-out reward: {result.test_rewards[0]:.4f} before, {result.test_rewards[-1]:.4f} after")
+    _print_failures(result)
     print(f"steps: {result.total_steps} in {result.total_time:.1f} s")
     for name, path in (("best", result.best_checkpoint), ("last", (result.checkpoints or [None])[-1])):
         if path:
@@ -172,12 +178,16 @@ def evaluate(options: argparse.Namespace) -> None:
             rollout_timeout=options.rollout_timeout,
         )
     print(f"reward: {result.mean:.4f} +- {result.standard_error:.4f} ({len(result.rewards)} tasks)")
-    if result.failures:
-        print(f"failed rollouts: {result.failures}")
+    _print_failures(result)
     for k, rate in result.pass_at_k.items():
         if k.bit_count() == 1 or k == len(result.pass_at_k):
             print(f"pass@{k}: {rate:.4f}")
     print(f"step: {result.step} in {result.total_time:.1f} s")
+
+
+def _print_failures(result) -> None:
+    if result.failures:
+        print(f"failed rollouts: {result.failures}; the first: {result.first_failure}")
 
 
 def download_model(options: argparse.Namespace) -> None:

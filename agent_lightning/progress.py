@@ -11,20 +11,20 @@ class JobProgress:
 
     def __init__(self, title: str):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._console = Console(file=sys.stderr)
         self._live = self._console.is_terminal or self._console.is_jupyter
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[steps]}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=self._console,
             disable=not self._live,
         )
-        self._steps = self._bar.add_task(title, total=None, note="starting workers")
+        self._steps = self._bar.add_task(title, total=None, steps="", note="starting workers")
         self._title = title
         self._total_steps: int | None = None
         self._reward = self._speed = self._left = ""
@@ -32,7 +32,6 @@ class JobProgress:
         self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
         self._first = 0  # the model's step before the job's first update
         self._first_step: tuple[int, float] | None = None
-        self._warned = False
 
     def __enter__(self) -> "JobProgress":
         self._bar.start()
@@ -47,11 +46,11 @@ class JobProgress:
         self._total_steps = job.get("total_steps") or self._total_steps
         if kind.endswith("_started"):
             self._rollouts, self._ended_before = data["rollouts"], _ended(self._seen)
+            self._first = data.get("first_step", 0)
         elif kind == "step":
-            # The model may have been trained before this job, and the job may be ahead of its events.
-            self._first = max(self._first, step - job["step"])
-            self._on_step(step - self._first, data)
-            self._warn_without_calls(data)
+            self._on_step(step, data)
+        elif kind == "warning":
+            self.say(f"warning: {data['text']}")
         elif kind == "evaluation":
             line = f"held-out reward {_number(data['eval/reward'])} ({data['eval/count']:.0f} tasks) at step {step}"
             self.say(line)
@@ -78,22 +77,18 @@ class JobProgress:
         self._first_step = self._first_step or (step, now)
         first, since = self._first_step
         if self._total_steps and step > first:
-            self._left = f"{_duration((now - since) / (step - first) * (self._total_steps - step))} left"
+            self._left = f"{_duration((now - since) / (step - first) * (self._first + self._total_steps - step))} left"
         self._reward = f"reward {_number(data['reward/mean'])}"
         if "sampler/tokens_per_s" in data:
             self._speed = f"{data['sampler/tokens_per_s']:,.0f} tokens/s"
-        self._bar.update(self._steps, completed=step, total=self._total_steps)
+        last = self._first + self._total_steps if self._total_steps else "?"
+        self._bar.update(
+            self._steps, completed=step - self._first, total=self._total_steps, steps=f"step {step}/{last}"
+        )
         if not self._live:
             failed = f"{data['rollout/failed']:.0f} failed" if data.get("rollout/failed") else ""
-            parts = [f"step {step}/{self._total_steps or '?'}", self._reward, failed, self._speed, self._left]
+            parts = [f"step {step}/{last}", self._reward, failed, self._speed, self._left]
             self.say("  ".join(filter(None, parts)))
-
-    def _warn_without_calls(self, data: dict) -> None:
-        """Agents that ask another server, or none, get rewards too, and nothing is learned from them."""
-        succeeded = data.get("rollout/count", 0) > data.get("rollout/failed", 0)
-        if succeeded and data.get("rollout/calls") == 0 and not self._warned:
-            self._warned = True
-            self.say("warning: no rollout called the model, so nothing is learned: agents must use resource.model_api")
 
     def _refresh(self) -> None:
         if not self._live:

@@ -41,6 +41,7 @@ def training_html(result: TrainingResult) -> str:
         "held-out reward": _ends(result.test_rewards),
         "training reward": _ends(result.train_rewards),
         "steps": f"{result.total_steps}",
+        "failed rollouts": _failures(result),
         "time": f"{result.total_time:.1f} s",
         "best checkpoint": result.best_checkpoint or "none",
         "last checkpoint": result.checkpoints[-1] if result.checkpoints else "none",
@@ -54,7 +55,7 @@ def evaluation_html(result: EvalResult) -> str:
         "mean reward": f"{_number(result.mean)} \u00b1 {_number(result.standard_error)}",
         **{f"pass@{k}": _number(value) for k, value in result.pass_at_k.items() if k & (k - 1) == 0},
         "tasks": f"{len(result.rewards)}",
-        "failed rollouts": f"{result.failures}",
+        "failed rollouts": _failures(result),
         "weights": result.checkpoint or f"step {result.step}",
         "time": f"{result.total_time:.1f} s",
     }
@@ -98,6 +99,11 @@ def _table(rows: dict[str, str]) -> str:
 
 def _ends(rewards: list[float]) -> str:
     return f"{_number(rewards[0])} \u2192 {_number(rewards[-1])} ({len(rewards)})" if rewards else "none"
+
+
+def _failures(result: TrainingResult | EvalResult) -> str:
+    first = f"; the first: {result.first_failure}" if result.first_failure else ""
+    return f"{result.failures}{first}"
 
 
 def _number(value: float) -> str:

@@ -21,6 +21,8 @@ def training_result(job: dict) -> TrainingResult:
         total_steps=result["total_steps"],
         total_time=result["total_time"],
         job_id=job["job_id"],
+        failures=result.get("failed", 0),
+        first_failure=result.get("first_failure"),
     )
 
 
@@ -39,6 +41,7 @@ def eval_result(job: dict, success_threshold: float) -> EvalResult:
         samples=result["samples"] if sampled else {},
         pass_at_k=pass_at_k(list(result["samples"].values()), success_threshold) if sampled else {},
         job_id=job["job_id"],
+        first_failure=result.get("first_failure"),
     )
 
 

@@ -170,6 +170,8 @@ class TrainingResult:
             evaluated; None without a test set.
         test_steps: the model's step at each of the evaluations.
         job_id: the job on the server.
+        failures: number of training rollouts that failed.
+        first_failure: of the first of these its task, cause, error and the line where it was raised; None if none did.
     """
 
     final_reward: float
@@ -181,6 +183,8 @@ class TrainingResult:
     best_checkpoint: str | None = None
     test_steps: list[int] = field(default_factory=list)
     job_id: str = ""
+    failures: int = 0
+    first_failure: str | None = None
 
     def plot(self):
         """Both reward curves over the model's step, as a `matplotlib.figure.Figure`.
@@ -202,7 +206,9 @@ class TrainingResult:
             f"TrainingResult(final_reward={self.final_reward:.4g}, train_rewards={curve(self.train_rewards)}, "
             f"test_rewards={curve(self.test_rewards)}, total_steps={self.total_steps}, "
             f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]}, "
-            f"best_checkpoint={self.best_checkpoint!r})"
+            f"best_checkpoint={self.best_checkpoint!r}"
+            + (f", {self.failures} rollouts failed, the first: {self.first_failure}" if self.first_failure else "")
+            + ")"
         )
 
     def _repr_html_(self) -> str:
@@ -230,6 +236,8 @@ class EvalResult:
         pass_at_k: with `num_samples`, by k from 1 on, the chance that one of k samples of a task has at least
             `success_threshold` (the unbiased estimator), over the tasks that have k samples.
         job_id: the job on the server.
+        first_failure: of the first failed rollout its task, cause, error and the line where it was raised; None if none
+            failed.
     """
 
     mean: float
@@ -242,6 +250,7 @@ class EvalResult:
     samples: dict[str, list[float | None]] = field(default_factory=dict)
     pass_at_k: dict[int, float] = field(default_factory=dict)
     job_id: str = ""
+    first_failure: str | None = None
 
     def __repr__(self) -> str:
         shown = [k for k in self.pass_at_k if k & (k - 1) == 0 or k == len(self.pass_at_k)]
@@ -249,7 +258,7 @@ class EvalResult:
             f"{self.mean:.4f} +- {self.standard_error:.4f}",
             *(f"pass@{k}={self.pass_at_k[k]:.3f}" for k in shown),
             f"{len(self.rewards)} tasks",
-            f"{self.failures} failed",
+            f"{self.failures} failed" + (f", the first: {self.first_failure}" if self.first_failure else ""),
             f"step {self.step}" + (f" ({self.checkpoint})" if self.checkpoint else ""),
             f"{self.total_time:.1f} s",
         ]

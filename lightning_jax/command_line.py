@@ -99,7 +99,7 @@ def _check_overrides(argv: list[str]) -> None:
         if not match:
             continue
         negated, key, value = match.groups()
-        source = f"flag --config.{key}"
+        source = f"flag {config_lib.flag(key)}"
         setting = config_lib.find_setting(key, settings, source)
         if negated and setting.type is not bool:
             raise InvalidConfigError(f"{key} is not true or false, so --noconfig.{key} says nothing")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import yaml
 from ml_collections import config_dict
 
+from agent_lightning import cli
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models
 
@@ -245,7 +246,7 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
     needs = {"train": ("agent.script", "data.train_file"), "evaluate": ("agent.script", "data.test_file")}
     for key in needs.get(config.mode, ()):
         if not value_of[key]:
-            fail(key, f"is empty, and mode {config.mode!r} needs it", f"--config.{key}=FILE")
+            fail(key, f"is empty, and mode {config.mode!r} needs it", f"{flag(key)}=FILE")
 
 
 # Merge ----------------------------------------------------------------------------------------------------------------
@@ -254,6 +255,12 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
 class Setting(NamedTuple):
     type: type
     optional: bool
+
+
+def flag(key: str) -> str:
+    """The flag that sets this, as the command that this process was started with has it."""
+    short = cli.START_FLAGS.get(key) if cli.STARTED_HERE in os.environ else None
+    return f"--{short}" if short else f"--config.{key}"
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -424,7 +431,7 @@ def merge(
             yield from _yaml_settings(yaml_path, settings)
         yield from _environment_settings(os.environ if environ is None else environ)
         for key, value in (flag_overrides or {}).items():
-            yield key, value, f"flag --config.{key}"
+            yield key, value, f"flag {flag(key)}"
 
     for key, value, source in list(given()):
         value = typed(key, find_setting(key, settings, source), value, source)

@@ -22,8 +22,9 @@ from agent_lightning import agent_source, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line, memory
+from lightning_jax import command_line, config_models, memory
 from lightning_jax import config as config_lib
+from lightning_jax.model import weights
 from lightning_jax.policy import Policies
 from lightning_jax.server import app as server_app
 from lightning_jax.server.control import JobRunner
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # absl's default shows every HTTP request
     config = command_line.merged_config()
+    for own in config_models.of_each(config).values():
+        weights.model_folder(own.model.path)
     if config.mode != "plan":
         check_workdir(config)
     start_jax(config)
@@ -59,11 +62,17 @@ def main(argv: list[str]) -> None:
 
 
 def check_workdir(config: ml_collections.ConfigDict) -> None:
-    """Raises InvalidConfigError if the work directory holds a run with other settings."""
+    """Looks whether the run can be this one's.
+
+    Raises:
+        StoreError: another process uses the work directory.
+        InvalidConfigError: it holds a run with other settings.
+    """
     workdir = pathlib.Path(config.workdir)
     path = workdir / "config.json"
     if not path.exists():
         return
+    open_store(config).close()
     before = dict(config_lib.flatten(json.loads(path.read_text())))
     now = dict(config_lib.flatten(config.to_dict()))
     models = {key for key in before.keys() ^ now.keys() if key.startswith("models.")}
@@ -75,7 +84,7 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
     if differences:
         raise InvalidConfigError(
             f"{workdir} holds a run with other settings: {'; '.join(differences)}",
-            hint="choose another --config.workdir, or remove that folder",
+            hint=f"choose another with {config_lib.flag('workdir')}, or remove that folder",
         )
 
 

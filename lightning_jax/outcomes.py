@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 
 import numpy as np
 
@@ -49,6 +50,20 @@ def completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
         "completion/max_tokens": max(lengths, default=0),
         "completion/truncated_fraction": float(np.mean(truncated)) if truncated else 0.0,
     }
+
+
+def first_failure(records: list[RolloutRecord]) -> str | None:
+    """Of the first failed rollout the task, the cause, the error and the line where it was raised, in one line."""
+    failed = next((record for record in records if record.status == "failed"), None)
+    if failed is None:
+        return None
+    error = (failed.error or "").partition("\n")[0][:500]
+    frames = re.findall(r'File "(.*?)", line (\d+)(?:, in (\S+))?', failed.traceback or "")
+    where = ""
+    if frames:
+        path, line, function = frames[-1]
+        where = f" ({path}, line {line}{f', in {function}' if function else ''})"
+    return f"{failed.task_id}: {failed.cause}: {error}{where}"
 
 
 def samples_by_task(records: list[RolloutRecord]) -> dict[str, list[float]]:

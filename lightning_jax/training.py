@@ -72,6 +72,8 @@ class History:
         tokens: tokens sampled in training rollouts.
         sample_s: seconds spent waiting for training rollouts.
         logprob_diff: mean |sampler - learner| log-prob of the newest update.
+        failed: training rollouts that failed.
+        first_failure: what the first of them failed of, see `outcomes.first_failure`.
     """
 
     start_step: int = 0
@@ -81,6 +83,8 @@ class History:
     tokens: int = 0
     sample_s: float = 0.0
     logprob_diff: float = 0.0
+    failed: int = 0
+    first_failure: str | None = None
 
 
 def run_job(
@@ -123,6 +127,7 @@ class _Run:
         self.data_id = spec["data_id"]
         self.history = History(start_step=policies.step)
         self.saved_step: int | None = None
+        self._warned_of_silence = False
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -159,15 +164,15 @@ class _Run:
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
                 row = self._step(step, next(tasks))
+                self.history.time_s = row["time/total_s"] = clock.seconds()
+                self.store.update_job(self.job_id, step=step - first)
+                self.store.add_event(self.job_id, "step", step, row)
                 if self.stop.after_step:  # what was learned is safe before the last evaluation, which may take long
                     self._checkpoint(step, tasks)
                 if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
                     row |= self._evaluate(step)
-                self.history.time_s = clock.seconds()
-                row["time/total_s"] = self.history.time_s
+                self.history.time_s = row["time/total_s"] = clock.seconds()
                 writer.write(step, row)
-                self.store.update_job(self.job_id, step=step - first)
-                self.store.add_event(self.job_id, "step", step, row)
                 due = self._is_due(step - first, config.runtime.checkpoint_interval, total_steps)
                 if due and step != self.saved_step:
                     self._checkpoint(step, tasks)
@@ -200,6 +205,8 @@ class _Run:
         start = time.monotonic()
         records = self._rollouts(step, tasks, "train")
         sampled = time.monotonic()
+        self.history.failed += sum(record.status == "failed" for record in records)
+        self.history.first_failure = self.history.first_failure or outcomes.first_failure(records)
 
         return_n = np.array([outcomes.total_reward(r) for r in records], np.float32)
         group_n = np.array([r.group for r in records], np.int32)
@@ -326,6 +333,7 @@ class _Run:
             "checkpoint": None if path is None else str(path),
             "total_time": time.monotonic() - start,
             "step": step,
+            "first_failure": outcomes.first_failure(records),
         } | {name.removeprefix("eval/"): value for name, value in outcomes.evaluation_metrics(records).items()}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -354,7 +362,8 @@ class _Run:
             metadata=(self.spec.get("metadata") or {}) | given,
             seed=self.config.seed,
         )
-        self.store.add_event(self.job_id, f"{mode}_started", step, {"rollouts": len(rollout_ids)})
+        started = {"rollouts": len(rollout_ids), "first_step": self.history.start_step}
+        self.store.add_event(self.job_id, f"{mode}_started", step, started)
         self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
         if self.policies.error is not None:
             raise TrainingError(f"the device failed: {self.policies.error}") from self.policies.error
@@ -378,7 +387,16 @@ class _Run:
                 f"{len(failed)} of {len(records)} rollouts of step {step} failed; the first ({first.task_id}): "
                 f"{first.cause}: {first.error}\n{first.traceback or ''}"
             )
+        if failed:
+            self._warn(step, f"{len(failed)} of {len(records)} rollouts failed; {outcomes.first_failure(records)}")
+        if len(failed) < len(records) and not any(r.calls for r in records) and not self._warned_of_silence:
+            self._warned_of_silence = True
+            lost = "nothing is learned" if mode == "train" else "their rewards say nothing of it"
+            self._warn(step, f"no rollout called the model, so {lost}: agents must use resource.model_api")
         return records
+
+    def _warn(self, step: int, text: str) -> None:
+        self.store.add_event(self.job_id, "warning", step, {"text": text})
 
     def _is_abandoned(self) -> bool:
         """Whether nobody will end the open rollouts: the device is gone, or the workers are."""
@@ -403,6 +421,8 @@ class _Run:
             "total_time": history.time_s,
             "sampler_learner_logprob_diff": history.logprob_diff,
             "tokens_per_s": history.tokens / history.sample_s if history.sample_s else 0.0,
+            "failed": history.failed,
+            "first_failure": history.first_failure,
         }
         if len(self.policies) > 1:
             paths = self.policies.checkpoints()

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
+from lightning_jax import config as config_lib
 from lightning_jax.policy import Policies
 from lightning_jax.server import (
     control,
@@ -130,7 +131,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock.close()
         message = f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise InvalidConfigError(
-            message, hint="choose another with --config.server.port; 0 takes any free one"
+            message, hint=f"choose another with {config_lib.flag('server.port')}; 0 takes any free one"
         ) from None
     return sock
 

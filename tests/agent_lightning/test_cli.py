@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,22 @@ def required(command: str) -> list[str]:
         "evaluate": ["--agent-script", "x", "--test", "x"],
         "model download": ["--output", "x"],
     }.get(command, [])
+
+
+def test_settings_given_to_train_are_shown_the_way_to_the_server(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--agent-script", "x", "--data-id", "x", "--config.algorithm.group_size=4"])
+    assert left.value.code == 2
+    assert "settings belong to the server: give them to `agent-lightning server start`" in capsys.readouterr().err
+
+
+def test_what_the_server_says_of_flags_is_what_the_command_has(tmp_path):
+    started = run("server", "start", "--algorithm", "gripo", "--workdir", str(tmp_path))
+    assert started.returncode == 1 and "(flag --algorithm)" in started.stderr and "--config." not in started.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        started = run("server", "start", "--port", port, "--workdir", str(tmp_path))
+    assert started.returncode == 1 and "choose another with --port;" in started.stderr
 
 
 @pytest.mark.parametrize("command", ["", "server", "data", "model"])

@@ -21,22 +21,21 @@ def test_plain_lines(capfd):
     assert lines[4] == "step 2/2  reward nan  3 failed  1,234 tokens/s  0:00 left"
 
 
-def test_a_model_that_was_trained_before_counts_its_steps_from_this_job_on(capfd):
+def test_a_second_job_counts_the_models_steps_as_its_evaluations_and_checkpoints_do(capfd):
     with JobProgress("training") as progress:
+        started = {"kind": "train_started", "step": 11, "data": {"rollouts": 4, "first_step": 10}}
+        progress.on_event(started, {"step": 0, "total_steps": 3})
         progress.on_event(step_event(11), {"step": 1, "total_steps": 3})
         progress.on_event(step_event(12), {"step": 3, "total_steps": 3})  # the job is ahead of its events
         progress.on_event(step_event(13), {"step": 3, "total_steps": 3})
+        evaluation = {"eval/reward": 0.5, "eval/count": 4}
+        progress.on_event({"kind": "evaluation", "step": 13, "data": evaluation}, {"step": 3, "total_steps": 3})
     lines = capfd.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert [line.split("  ")[0] for line in lines[:3]] == ["step 11/13", "step 12/13", "step 13/13"]
+    assert lines[3].endswith("at step 13")
 
 
-def test_a_step_without_model_calls_is_warned_of_once(capfd):
-    with JobProgress("training") as progress:
-        for step, calls in (1, 4), (2, 0), (3, 0):
-            data = {"rollout/count": 4, "rollout/failed": 0, "rollout/calls": calls}
-            progress.on_event(step_event(step, **data), {"step": step, "total_steps": 4})
-        failed = {"rollout/count": 4, "rollout/failed": 4, "rollout/calls": 0}
-        progress.on_event(step_event(4, **failed), {"step": 4, "total_steps": 4})
-    lines = capfd.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines] == ["step", "step", "warning:", "step", "step"]
-    assert "resource.model_api" in lines[2]
+def test_the_servers_warnings_are_printed(capfd):
+    with JobProgress("evaluation") as progress:
+        progress.on_event({"kind": "warning", "step": 3, "data": {"text": "1 of [4] failed"}}, {"step": 3})
+    assert capfd.readouterr().err.splitlines() == ["warning: 1 of [4] failed"]

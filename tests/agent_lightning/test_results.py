@@ -1,6 +1,7 @@
 """What training and evaluation return: their numbers, how they print, and how they are drawn."""
 
 import builtins
+import html
 import itertools
 import math
 import random
@@ -79,6 +80,11 @@ def test_results_print_on_one_line():
         "EvalResult(0.5000 +- 0.1250, pass@1=0.100, pass@2=0.200, pass@4=0.400, pass@6=0.600, 1 tasks, 2 failed, "
         "step 3 (/c/step-3), 1.2 s)"
     )
+    why = "task-1: exception: KeyError: 'x' (a.py, line 2, in f)"
+    failed = EvalResult(0.5, 0.125, {"test-0": 0.5}, 2, first_failure=why)
+    assert f"2 failed, the first: {why}" in repr(failed) and html.escape(why) in failed._repr_html_()
+    failed = TrainingResult(0.5, failures=2, first_failure=why)
+    assert f"2 rollouts failed, the first: {why})" in repr(failed) and html.escape(why) in failed._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What the program says when it cannot run: one clear error, at once, and nothing lost."""
 
+import contextlib
 import socket
 
 import pytest
 
 from lightning_jax import config
+from lightning_jax.store import Store
 from tests.end_to_end import runs
 
 
@@ -63,9 +65,14 @@ def test_work_directory_of_another_run(tmp_path):
     workdir.mkdir()
     config.save_json(config.default_config(), workdir / "config.json")
     before = (workdir / "config.json").read_text()
-    error = refused(workdir, "--config.model.path=some/folder", "--config.seed=3")
+    error = refused(workdir, "--config.algorithm.kl_coef=0.5", "--config.seed=3")
     assert "other settings" in error and "seed: 0 there, 3 here" in error
-    assert "model.path: 'builtin:tiny' there, 'some/folder' here" in error
+    assert "algorithm.kl_coef: 0.001 there, 0.5 here" in error and "--config.workdir" in error
+    error = refused(workdir, "--config.model.path=some/folder", "--config.seed=3")
+    assert "some/folder" in error and "does not exist" in error and "other settings" not in error
+    with contextlib.closing(Store(workdir / "store.sqlite3")):
+        error = refused(workdir, "--config.seed=3")
+    assert "open in another process" in error and "other settings" not in error
     assert (workdir / "config.json").read_text() == before
 
 

@@ -62,8 +62,8 @@ def status(store, job_id):
 class Pool:
     """Ends a job's rollouts, with chance rewards unless told how, for as long as the block lasts."""
 
-    def __init__(self, store, job_id, reward=lambda lease: random.random()):
-        self._store, self._job_id, self._reward = store, job_id, reward
+    def __init__(self, store, job_id, reward=lambda lease: random.random(), *, calls=True):
+        self._store, self._job_id, self._reward, self._calls = store, job_id, reward, calls
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work)
 
@@ -80,8 +80,13 @@ class Pool:
             leases = self._store.exchange(self._job_id, "pool", results, [], 4, 0.1)["leases"]
             for lease in leases:
                 attempt = self._store.attempt_by_token(lease["token"])
-                self._store.record_call(attempt, CallRecord([1, 2, 3], [4, 5], [-5.5, -5.5]))
-            results = [{"lease_id": lease["lease_id"], "reward": self._reward(lease)} for lease in leases]
+                if self._calls:
+                    self._store.record_call(attempt, CallRecord([1, 2, 3], [4, 5], [-5.5, -5.5]))
+            results = [{"lease_id": lease["lease_id"]} | _result(self._reward(lease)) for lease in leases]
+
+
+def _result(ending):
+    return ending if isinstance(ending, dict) else {"reward": ending}
 
 
 # ---- which jobs run ----
@@ -287,3 +292,33 @@ def test_health_says_that_the_device_failed(start, random_model):
         "policy_version": 0,
     }
     assert reply.json()["error"] == "the device failed: device lost"
+
+
+def test_failures_and_silence_are_told_while_the_job_runs_and_in_its_result(runner, store):
+    trace = 'Traceback\n  File "my/agent.py", line 7, in solve\n    1 / 0\nZeroDivisionError: division by zero\n'
+    error = {"type": "ZeroDivisionError", "message": "division by zero", "traceback": trace}
+    failed = []
+
+    def fail_first(lease):
+        if lease["metadata"]["mode"] == "train" and not failed:
+            failed.append(lease["task_id"])
+            return {"error": error, "cause": "exception", "reward": None}
+        return 1.0
+
+    job = runner.submit({"kind": "train", "data_id": "d", "epochs": 1, "batch_size": 2})
+    with Pool(store, job, fail_first, calls=False):
+        wait_for(lambda: status(store, job) in ("succeeded", "failed"))
+    events = store.events(job)
+    says = [event["data"]["text"] for event in events if event["kind"] == "warning"]
+    first = f"{failed[0]}: exception: ZeroDivisionError: division by zero (my/agent.py, line 7, in solve)"
+    assert len(says) == 2 and "no rollout called the model" in says[0]
+    assert says[1] == f"1 of 4 rollouts failed; {first}"
+    result = store.job(job)["result"]
+    assert (result["failed"], result["first_failure"]) == (1, first)
+    last = [event["kind"] for event in events if event["kind"] in ("step", "evaluation")]
+    assert last == ["evaluation", "step", "evaluation"]
+    job = runner.submit(EVALUATE)
+    with Pool(store, job, calls=False):
+        wait_for(lambda: status(store, job) in ("succeeded", "failed"))
+    assert any("no rollout called the model" in e["data"]["text"] for e in store.events(job) if e["kind"] == "warning")
+    assert store.job(job)["result"]["first_failure"] is None
