@@ -21,7 +21,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora, weights
-from lightning_jax.rl import checkpoint
+from lightning_jax.rl import algorithms, checkpoint
 from lightning_jax.rl import learner as learner_lib
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import TrainState
@@ -224,9 +224,10 @@ class Policy:
         self._learner.state, extra = checkpoint.restore(path, self._learner.abstract_state(), item=item)
         return extra
 
-    def learn(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
-        """One update, as `Learner.update`; the engine goes on with the weights it has."""
-        return self._learner.update(rows, advantage_n)
+    def learn(self, rows: Sequence[Row], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
+        """One update, see `algorithms.Step` and `Learner.update`; the engine goes on with the weights it has."""
+        step = algorithms.Step(rows, return_n, group_n, self._learner.score)
+        return self._learner.update(*algorithms.prepare(algorithms.settings_of(self._settings), step))
 
     def publish(self, version: int) -> float:
         """Gives the engine the learner's weights: the next request is sampled from them. Returns the seconds taken."""
@@ -318,17 +319,17 @@ class Policies(Mapping[str, Policy]):
         if self.first.state is None:
             self._device.run(self._make_learners).result()
 
-    def update(self, rows: Mapping[str, Sequence[Row]], advantage_n: np.ndarray) -> dict[str, dict[str, float]]:
+    def update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
         """One update of each model and their publication: the next request is sampled from the new weights.
 
         Args:
             rows: by model; one without rows keeps its weights, under the new step's number.
-            advantage_n: [N] float32, by `Row.rollout_index`.
+            return_n, group_n: [N] each, by `Row.rollout_index`, see `algorithms.Step`.
 
         Returns:
             By model, the learner's metrics and "time/publish_s".
         """
-        return self._device.run(self._update, rows, advantage_n).result()
+        return self._device.run(self._update, rows, return_n, group_n).result()
 
     def save_checkpoint(self, extra: dict[str, Any]) -> pathlib.Path:
         """Writes weights, optimizers and `extra` (JSON-ready) to disk as `step-N`, all models' or nothing.
@@ -372,8 +373,8 @@ class Policies(Mapping[str, Policy]):
         if newest is not None:
             self.step = self.restored["step"]
 
-    def _update(self, rows: Mapping[str, Sequence[Row]], advantage_n: np.ndarray) -> dict[str, dict[str, float]]:
-        metrics = {name: policy.learn(rows.get(name, ()), advantage_n) for name, policy in self.items()}
+    def _update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
+        metrics = {name: policy.learn(rows.get(name, ()), return_n, group_n) for name, policy in self.items()}
         self.step += 1
         return {name: metrics[name] | {"time/publish_s": policy.publish(self.step)} for name, policy in self.items()}
 

@@ -18,8 +18,25 @@ def calls_of(record: RolloutRecord, model: str | None) -> list[CallRecord]:
     return [dataclasses.replace(record.calls[i], parent=position.get(record.calls[i].parent)) for i in chosen]
 
 
+def call_rewards(
+    records: Sequence[RolloutRecord], return_n: np.ndarray, *, is_shuffled: bool = False
+) -> list[np.ndarray]:
+    """For each rollout [J] float64, what each of its calls earned: AIR's, and on the last one the agent's return too.
+
+    Args:
+        records: a step's rollouts.
+        return_n: [N] float32, their total rewards; NaN for those that failed.
+        is_shuffled: `return_n` is of other rollouts (`algorithm.shuffle_rewards`), and all that there is to credit.
+    """
+    rewards = []
+    for record, total in zip(records, return_n, strict=True):
+        of_calls = [0.0 if is_shuffled else call.reward for call in record.calls]
+        rewards.append(credit.transition_rewards(of_calls, total if is_shuffled else record.reward or 0.0))
+    return rewards
+
+
 def step_advantages(
-    records: Sequence[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray, *, is_shuffled: bool = False
+    records: Sequence[RolloutRecord], rewards: Sequence[np.ndarray], return_n: np.ndarray, group_n: np.ndarray
 ) -> list[dict[int, float]]:
     """For each rollout its calls' advantages, by `CallRecord.index`, where `algorithm.credit` is "step".
 
@@ -27,14 +44,10 @@ def step_advantages(
 
     Args:
         records: a step's rollouts.
+        rewards: from `call_rewards`.
         return_n: [N] float32, their total rewards; NaN for those that failed.
         group_n: [N] int32, the group of each.
-        is_shuffled: `return_n` is of other rollouts (`algorithm.shuffle_rewards`), and all that there is to credit.
     """
-    rewards = []
-    for record, total in zip(records, return_n, strict=True):
-        of_calls = [0.0 if is_shuffled else call.reward for call in record.calls]
-        rewards.append(credit.transition_rewards(of_calls, total if is_shuffled else record.reward or 0.0))
     by_call = credit.step_advantages(rewards, group_n, advantages.trained_rollouts(return_n, group_n))
     return [
         {call.index: float(advantage) for call, advantage in zip(record.calls, advantage_j, strict=True)}
@@ -47,6 +60,7 @@ def build(
     trained_n: np.ndarray,
     model: str | None = None,
     call_advantages: Sequence[dict[int, float]] | None = None,
+    rewards: Sequence[np.ndarray] | None = None,
 ) -> list[trajectory.Row]:
     """The rows of a step's rollouts.
 
@@ -55,11 +69,18 @@ def build(
         trained_n: [N] bool, the rollouts to take.
         model: take this model's calls alone.
         call_advantages: from `step_advantages`; None where a rollout's advantage is that of all its calls.
+        rewards: from `call_rewards`; None where nobody asks for `Row.reward`. What a call earned that is in no row (it
+            is another model's, or sampled nothing) counts for the call before it: it came after that one's tokens.
     """
 
     def token_calls(i: int, record: RolloutRecord) -> list[trajectory.TokenCall]:
         of_call = call_advantages[i] if call_advantages is not None else {}
-        return [_token_call(call, of_call.get(call.index)) for call in calls_of(record, model)]
+        calls = calls_of(record, model)
+        reward_j = np.zeros(len(calls)) if rewards is None else _earned(record, calls, rewards[i])
+        return [
+            _token_call(call, float(reward), of_call.get(call.index))
+            for call, reward in zip(calls, reward_j, strict=True)
+        ]
 
     return [
         row
@@ -69,7 +90,19 @@ def build(
     ]
 
 
-def _token_call(call: CallRecord, advantage: float | None) -> trajectory.TokenCall:
+def _earned(record: RolloutRecord, calls: Sequence[CallRecord], reward_j: np.ndarray) -> np.ndarray:
+    """[len(calls)] float64: the rewards of all the record's calls, each at the last of `calls` with tokens by then."""
+    earned = np.zeros(len(calls))
+    with_tokens = {call.index: n for n, call in enumerate(calls) if len(call.sampled_ids)}
+    latest = None
+    for call, reward in zip(record.calls, reward_j, strict=True):
+        latest = with_tokens.get(call.index, latest)
+        if latest is not None:
+            earned[latest] += reward
+    return earned
+
+
+def _token_call(call: CallRecord, reward: float, advantage: float | None) -> trajectory.TokenCall:
     return trajectory.TokenCall(
         call_id=call.index,
         parent=call.parent,
@@ -78,7 +111,7 @@ def _token_call(call: CallRecord, advantage: float | None) -> trajectory.TokenCa
         logprobs=call.logprobs,
         temperature=call.temperature,
         policy_version=call.policy_version,
-        reward=call.reward,
+        reward=reward,
         constrained=call.constrained,
         advantage=advantage,
     )

@@ -211,15 +211,17 @@ class _Run:
         return_n = np.array([outcomes.total_reward(r) for r in records], np.float32)
         group_n = np.array([r.group for r in records], np.int32)
         trained_return_n = self._shuffled(return_n, step) if self.config.algorithm.shuffle_rewards else return_n
-        advantage_n = advantages.grpo_advantages(trained_return_n, group_n)
         trained_n = advantages.trained_rollouts(trained_return_n, group_n)
         several = len(self.policies) > 1
+        is_shuffled = self.config.algorithm.shuffle_rewards
+        rewards = rows.call_rewards(records, trained_return_n, is_shuffled=is_shuffled)
         credits = None
         if self.config.algorithm.credit == "step":
-            is_shuffled = self.config.algorithm.shuffle_rewards
-            credits = rows.step_advantages(records, trained_return_n, group_n, is_shuffled=is_shuffled)
-        row_lists = {name: rows.build(records, trained_n, name if several else None, credits) for name in self.policies}
-        updates = self.policies.update(row_lists, advantage_n)
+            credits = rows.step_advantages(records, rewards, trained_return_n, group_n)
+        row_lists = {
+            name: rows.build(records, trained_n, name if several else None, credits, rewards) for name in self.policies
+        }
+        updates = self.policies.update(row_lists, trained_return_n, group_n)
 
         sample_s, train_s = sampled - start, time.monotonic() - sampled
         tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)

@@ -5,6 +5,7 @@
 3. `update.apply` takes the optimizer step, and the host reads the metrics: one synchronisation per update.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -22,6 +23,19 @@ from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import LearnerSettings, TrainState
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the models say of a row; [T] float32 arrays, 0 at the first token, which nothing predicts.
+
+    Attributes:
+        logprob: of each token, nats, under the policy.
+        reference_logprob: likewise under the frozen reference; None where there is none.
+    """
+
+    logprob: np.ndarray
+    reference_logprob: np.ndarray | None = None
 
 
 class Learner:
@@ -90,12 +104,34 @@ class Learner:
         """Shapes, dtypes and shardings of `state`, for `checkpoint.restore`."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
 
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """What the models, as they are now, say of each row; in the programs' shapes of an update with these rows."""
+        if not rows:
+            return []
+        steps = self._divide(rows, np.zeros(1 + max(row.rollout_index for row in rows), np.float32))
+        places = packing.place(rows, steps[0][0].token_bt.shape[1])
+        per_step = -(-(1 + max(block for block, _ in places)) // self.settings.optimizer_steps)
+        statics = {"config": self.config, "settings": self.settings}
+
+        def of_rows(params: llama.Params, frozen: llama.Params | None) -> list[np.ndarray]:
+            scored = [
+                [update.policy_logprobs(params, self._put(batch), frozen, **statics)[0] for batch in step]
+                for step in steps
+            ]
+            # A step's last micro-batch may be filled up behind the step's own blocks.
+            logprob_bt = np.concatenate([np.concatenate(jax.device_get(parts))[:per_step] for parts in scored])
+            return [logprob_bt[place] for place in places]
+
+        logprobs = of_rows(self.state.params, self.frozen)
+        references = [None] * len(rows) if self._reference is None else of_rows(self._reference, None)
+        return [Scores(*of_row) for of_row in zip(logprobs, references, strict=True)]
+
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
         """One policy update (`settings.optimizer_steps` optimizer steps). Without rows nothing happens.
 
-        The policy that sampled is taken to be the one the update begins with, and its log-probs are computed here, so
-        that the sampler's rounding has no part in the curve. The recorded ones are compared with them in
-        `policy/sampler_learner_logprob_diff`, where they are of the same distribution (`Row.on_policy`).
+        The policy that sampled is taken to be the one the update begins with. Its log-probs are `Row.old_logprob`, or
+        are computed here, so that the sampler's rounding has no part in the curve. The recorded ones are compared with
+        them in `policy/sampler_learner_logprob_diff`, where they are of the same distribution (`Row.on_policy`).
 
         Args:
             rows: of the rollouts to train on (see `advantages.trained_rollouts`), in any order.
@@ -106,6 +142,11 @@ class Learner:
         """
         if not rows:
             return {"train/tokens": 0, "train/sampled_tokens": 0}
+        if self.settings.optimizer_steps > 1 and rows[0].old_logprob is None:
+            scores = self.score(rows)  # a single step's own forward pass gives them
+            rows = [
+                dataclasses.replace(row, old_logprob=score.logprob) for row, score in zip(rows, scores, strict=True)
+            ]
         steps = self._divide(rows, advantage_n)
         metrics = _metrics(jax.device_get(self._optimizer_steps(steps)), has_reference=self._reference is not None)
         if skipped := metrics["policy/skipped_steps"]:
@@ -137,25 +178,17 @@ class Learner:
     def _optimizer_steps(self, steps: list[list[Batch]]) -> list[dict[str, jax.Array]]:
         """Takes them all; their metrics stay on the device."""
         statics = {"config": self.config, "settings": self.settings}
-        old = [[None] * len(batches) for batches in steps]  # a single step's own forward pass gives them
-        if len(steps) > 1:
-            old = [
-                [update.policy_logprobs(self.state.params, self._put(b), self.frozen, **statics)[0] for b in batches]
-                for batches in steps
-            ]
         metrics = []
-        for batches, old_logprobs in zip(steps, old, strict=True):
+        for batches in steps:
             num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
             num_tokens = jax.device_put(num_tokens, self._scalar_sharding)
             totals = self._zero_totals(self.state.params)
-            for batch, old_logprob_bt in zip(batches, old_logprobs, strict=True):
-                batch = self._put(batch)
+            for batch in batches:
                 totals = update.accumulate(
                     totals,
                     self.state.params,
                     self._reference,
-                    batch,
-                    old_logprob_bt,
+                    self._put(batch),
                     num_tokens,
                     self.frozen,
                     mesh=self._mesh,

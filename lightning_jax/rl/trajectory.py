@@ -56,7 +56,12 @@ class Row:
             on like the others, as if the policy had drawn them itself: the more it agrees with the grammar, the truer
             that is. But their recorded log-probs are of another distribution than the learner's, and are not compared
             with its own.
+        call: int32, the `TokenCall.call_id` of each sampled token, -1 elsewhere: it orders the tokens of an attempt's
+            several rows.
+        reward: float32, a call's `TokenCall.reward` at its last sampled token, 0 elsewhere.
         advantage: float32, 0 where `loss_mask` is False; None where the rollout's advantage is every token's.
+        old_logprob: float32, nats, of the policy that the update begins with (`Learner.score`); 0 where `loss_mask` is
+            False; None to have the update compute it.
     """
 
     token_ids: np.ndarray
@@ -65,7 +70,10 @@ class Row:
     temperature: np.ndarray
     rollout_index: int
     on_policy: np.ndarray | None = None
+    call: np.ndarray | None = None
+    reward: np.ndarray | None = None
     advantage: np.ndarray | None = None
+    old_logprob: np.ndarray | None = None
 
     def __post_init__(self):
         if self.on_policy is None:
@@ -117,6 +125,8 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         sampler_logprob=np.zeros(len(token_ids), np.float32),
         temperature=np.ones(len(token_ids), np.float32),
         rollout_index=rollout_index,
+        call=np.full(len(token_ids), -1, np.int32),
+        reward=np.zeros(len(token_ids), np.float32),
         advantage=None if chain[0].advantage is None else np.zeros(len(token_ids), np.float32),
     )
     for call in chain:
@@ -125,6 +135,9 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         row.sampler_logprob[sampled] = call.logprobs
         row.temperature[sampled] = call.temperature
         row.on_policy[sampled] = not call.constrained
+        row.call[sampled] = call.call_id
+        if sampled.stop > sampled.start:
+            row.reward[sampled.stop - 1] = call.reward
         if row.advantage is not None:
             row.advantage[sampled] = call.advantage
     return row

@@ -114,7 +114,6 @@ def accumulate(
     params: llama.Params,
     reference: llama.Params | None,
     batch: Batch,
-    old_logprob_bt: jax.Array | None,
     num_tokens: jax.Array,
     frozen: llama.Params | None = None,
     *,
@@ -128,8 +127,7 @@ def accumulate(
         totals: of the optimizer step so far.
         params: float32 masters of what learns.
         reference: all parameters, in the compute dtype; None without a KL term.
-        batch: [B, T] each.
-        old_logprob_bt: [B, T] float32, of the policy that sampled; None when that is `params`.
+        batch: [B, T] each; without `old_logprob_bt` the policy that sampled is taken to be `params`.
         num_tokens: float32 scalar, loss tokens of the whole optimizer step.
         frozen: the parameters that do not learn, in the compute dtype; None where all do.
     """
@@ -140,7 +138,7 @@ def accumulate(
 
     def loss(params: llama.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         logprob_bt, entropy_bt = policy_logprobs(params, batch, frozen, config=config, settings=settings)
-        old_bt = jax.lax.stop_gradient(logprob_bt) if old_logprob_bt is None else old_logprob_bt
+        old_bt = jax.lax.stop_gradient(logprob_bt) if batch.old_logprob_bt is None else batch.old_logprob_bt
         loss, scalars = losses.grpo_loss(
             logprob_bt,
             old_bt,

@@ -29,7 +29,7 @@ def accumulated(config, params, reference, blocks, size, settings=SETTINGS):
     totals = update.zero_totals(params)
     num_tokens = np.float32(blocks.loss_mask_bt.sum())
     for batch in packing.micro_batches(blocks, size):
-        totals = update.accumulate(totals, params, reference, batch, None, num_tokens, config=config, settings=settings)
+        totals = update.accumulate(totals, params, reference, batch, num_tokens, config=config, settings=settings)
     return totals
 
 
@@ -133,7 +133,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_gradients(config, 
         difference = np.abs(one - other)[blocks.loss_mask_bt]
         assert 0 < difference.mean() < 0.02 and difference.max() < 0.2
 
-    arguments = update.zero_totals(params), params, None, blocks, None, np.float32(1)
+    arguments = update.zero_totals(params), params, None, blocks, np.float32(1)
     totals = jax.eval_shape(lambda *arrays: update.accumulate(*arrays, config=config, settings=settings), *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(totals)} == {np.dtype(np.float32)}
 
@@ -257,6 +257,31 @@ def test_constrained_tokens_are_trained_on_but_not_compared(config, params, rows
     rows[0].sampler_logprob = rows[0].sampler_logprob - 100.0 * rows[0].loss_mask
     metrics = Learner(config, params, settings).update(constrained, advantages)
     assert 90 < metrics["policy/sampler_learner_logprob_diff"] < 100  # of this row's tokens, not of all
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+def test_scores_are_those_of_each_row_alone(config, params, rows, optimizer_steps):
+    """The last micro-batch of each optimizer step has padding."""
+    settings = dataclasses.replace(SETTINGS, optimizer_steps=optimizer_steps, gradient_accumulation=2, batch_size=6)
+    learner = Learner(config, params, settings)
+    scores = learner.score(rows)
+    for row, score in zip(rows, scores, strict=True):
+        block = packing.pack([row], np.zeros(12, np.float32), 32)
+        expected_bt, _ = update.policy_logprobs(params, block, config=config, settings=SETTINGS)
+        np.testing.assert_allclose(score.logprob[1:], expected_bt[0, 1 : len(row)], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(score.reference_logprob, score.logprob)  # nothing was learned yet
+    assert learner.score([]) == []
+
+
+def test_given_log_probs_are_the_old_policys(config, params, rows, advantages):
+    learner = Learner(config, params, SETTINGS)
+    given = [
+        dataclasses.replace(row, old_logprob=score.logprob - 0.1)
+        for row, score in zip(rows, learner.score(rows), strict=True)
+    ]
+    metrics = learner.update(given, advantages)
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], np.exp(0.1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/ratio_max"], np.exp(0.1), rtol=1e-5)
 
 
 def test_several_optimizer_steps_share_the_log_probs_of_the_first(config, params, rows, advantages):

@@ -50,7 +50,7 @@ def by_hand(params, adapters):
 def totals_of(config, settings, params, blocks, frozen=None):
     totals = update.zero_totals(params)
     num_tokens = np.float32(blocks.loss_mask_bt.sum())
-    return update.accumulate(totals, params, None, blocks, None, num_tokens, frozen, config=config, settings=settings)
+    return update.accumulate(totals, params, None, blocks, num_tokens, frozen, config=config, settings=settings)
 
 
 def test_the_targets_are_those_that_settings_name():

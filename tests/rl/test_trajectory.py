@@ -25,6 +25,14 @@ def test_a_conversation_is_one_row_with_its_observations_masked():
     assert (row.token_ids.dtype, row.sampler_logprob.dtype) == (np.int32, np.float32)
 
 
+def test_a_calls_reward_is_its_last_tokens():
+    first = call(0, None, [1, 2], [3, 4], reward=0.5)
+    second = call(1, 0, [1, 2, 3, 4, 5], [6], reward=-1.0)
+    (row,) = build_rows([first, second], 0)
+    np.testing.assert_array_equal(row.reward, [0, 0, 0, 0.5, 0, -1])
+    np.testing.assert_array_equal(row.call, [-1, -1, 0, 0, -1, 1])
+
+
 def test_tokens_of_constrained_calls_are_trained_on_and_marked():
     first = call(0, None, [1, 2], [3, 4], constrained=True)
     second = call(1, 0, [1, 2, 3, 4, 5], [6])

@@ -61,7 +61,7 @@ def test_the_next_request_is_sampled_from_the_published_weights(start, plain_mod
     for update in (1, 2):
         calls = [ask(running, temperature=1, seed=seed) for seed in range(4)]
         rows = [row for i, call in enumerate(calls) for row in build_rows([TokenCall(0, None, *call)], i)]
-        running.policies.update({policy.name: rows}, np.array([1.0, -1.0, 1.0, -1.0], np.float32))
+        running.policies.update({policy.name: rows}, np.array([1.0, -1.0, 1.0, -1.0]), np.zeros(4, int))
         assert running.http.get("/health").json()["policy_version"] == policy.version == update
         _, _, logprobs = agrees_with_the_learner()
         assert np.abs(np.array(logprobs) - logprobs_before).max() > 0.05
