@@ -53,7 +53,8 @@ def default_config() -> config_dict.ConfigDict:
     c.model = model = config_dict.ConfigDict()
     model.path = "builtin:tiny"  # a Hugging Face folder, a .gguf file, or "builtin:tiny"
     model.dtype = "auto"  # of compute: "float32", "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere
-    model.tensor_parallel = 1  # devices that share each weight matrix
+    model.tensor_parallel = 1  # devices that share each weight matrix; with model.fsdp it divides all that JAX sees
+    model.fsdp = -1  # such groups that divide batch and weights; what is left holds copies; -1: all that divide evenly
     model.lora_rank = 0  # of adapters that learn in the model's place; 0: none, the model itself learns
     model.lora_alpha = 32.0  # the adapters' products count alpha / rank times
     model.lora_targets = "all-linear"  # what has adapters: "q_proj,v_proj" and the like, or all seven projections
@@ -164,6 +165,7 @@ _RULES = {
     "seed": _Rule(lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
     "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
+    "model.fsdp": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 for as many as there are"),
     "model.dtype": _one_of("auto", "float32", "bfloat16"),
     "model.lora_alpha": _POSITIVE,
     "model.lora_targets": _Rule(

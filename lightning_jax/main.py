@@ -35,6 +35,7 @@ JOB_IDS = {"train": "train", "evaluate": "evaluate"}
 # What may differ from the run that a work directory holds without making it another run.
 _FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps", "workdir")
 _FREE_SECTIONS = ("logging.", "server.")
+_FREE_OF_MODELS = (".tensor_parallel", ".fsdp")  # checkpoints go on on any mesh
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +80,10 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
     differences = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted((before.keys() & now.keys()) | models)
-        if before.get(key) != now.get(key) and key not in _FREE_SETTINGS and not key.startswith(_FREE_SECTIONS)
+        if before.get(key) != now.get(key)
+        and key not in _FREE_SETTINGS
+        and not key.startswith(_FREE_SECTIONS)
+        and not key.endswith(_FREE_OF_MODELS)
     ]
     if differences:
         raise InvalidConfigError(
@@ -110,10 +114,11 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    ways = memory.most_ways(config)
-    if ways > 1 and jax.config.jax_num_cpu_devices < 0:
+    needed = memory.fewest_devices(config)
+    simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if needed > 1 and jax.config.jax_num_cpu_devices < 0 and not simulated:
         # So that a configuration for several devices can be tried where there is none. Other platforms ignore it.
-        jax.config.update("jax_num_cpu_devices", ways)
+        jax.config.update("jax_num_cpu_devices", needed)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where the platform is known and no device is there
@@ -195,7 +200,7 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
 def _devices() -> str:
     """The devices, and the memory of one."""
     devices = jax.local_devices()
-    limit = memory.device_bytes(len(devices))
+    limit = memory.device_bytes()
     text = devices[0].device_kind if len(devices) == 1 else f"{len(devices)} devices ({devices[0].device_kind})"
     if limit is None:
         return text

@@ -23,7 +23,7 @@ from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention, llama, lora, weights
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.policy import compute_dtype, learner_settings
+from lightning_jax.policy import compute_dtype, learner_settings, mesh_sizes
 from lightning_jax.rl import losses, packing
 from lightning_jax.rl.update import LearnerSettings
 from lightning_jax.sampler import kv_cache
@@ -83,26 +83,32 @@ class Need:
         return max(self.training, self.process + self.sampler + self.kv_cache + learner + self.update)
 
 
-def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict) -> Need:
-    """What a model needs with these settings (those of `config.py`)."""
+def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict, num_devices: int | None = None) -> Need:
+    """What a model needs with these settings (those of `config.py`) on so many devices, by default those there are.
+
+    Raises:
+        InvalidConfigError: the devices or the model's sizes do not divide; see `mesh.axis_sizes`.
+    """
+    num_devices = num_devices or jax.device_count()
+    sizes = mesh_sizes(model, settings, num_devices)
+    _, _, ways = sizes
     dtype = compute_dtype(settings.model.dtype)
     learner = learner_settings(settings, dtype)
     max_seq_len = min(settings.runtime.max_seq_len, model.max_seq_len)
-    ways = settings.model.tensor_parallel
     learned, frozen = lora.split(llama.abstract_params(model), learner.trainable)
-    masters = _bytes(lora.trained_specs(model, learner.trainable), jnp.dtype("float32"), ways)
+    masters = _bytes(lora.trained_specs(model, learner.trainable), jnp.dtype("float32"), sizes)
     return Need(
-        process=_PROCESS_BYTES // ways if jax.default_backend() == "cpu" else 0,
-        loaded=_bytes(learned, jnp.dtype("float32"), ways),
-        frozen=_bytes(frozen, dtype, ways),
-        sampler=_bytes(llama.abstract_params(model), dtype, ways),
+        process=_PROCESS_BYTES // num_devices if jax.default_backend() == "cpu" else 0,
+        loaded=_bytes(learned, jnp.dtype("float32"), sizes),
+        frozen=_bytes(frozen, dtype, sizes),
+        sampler=_bytes(llama.abstract_params(model), dtype, sizes),
         kv_cache=_kv_bytes(model, settings.sampler, dtype, ways),
         sampling=_sampling_bytes(model, settings.sampler, dtype, ways),
         masters=masters,
         optimizer=2 * masters,
-        reference=_bytes(learned, dtype, ways) if learner.kl_coef else 0,
+        reference=_bytes(learned, dtype, sizes) if learner.kl_coef else 0,
         gradients=masters,
-        update=_update_bytes(model, learner, max_seq_len, ways),
+        update=_update_bytes(model, learner, max_seq_len, sizes),
     )
 
 
@@ -117,13 +123,13 @@ def estimate_all(models: Mapping[str, LlamaConfig], settings: ml_collections.Con
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(specs: dict[str, Any], dtype: jnp.dtype, ways: int) -> int:
-    """One device's share of a tree of parameters, divided `ways` ways."""
-    mesh = jax.sharding.AbstractMesh((1, 1, ways), mesh_lib.AXES)
+def _bytes(specs: dict[str, Any], dtype: jnp.dtype, sizes: tuple[int, int, int]) -> int:
+    """One device's share of a tree of parameters on a mesh of these sizes."""
+    mesh = jax.sharding.AbstractMesh(sizes, mesh_lib.AXES)
 
     def size(spec: llama.ParamSpec) -> int:
-        split = any(mesh_lib.partition_spec(mesh, spec.shape, spec.logical_axes)) and ways
-        return math.prod(spec.shape) // (split or 1)
+        axes = mesh_lib.partition_spec(mesh, spec.shape, spec.logical_axes)
+        return math.prod(jax.sharding.NamedSharding(mesh, axes).shard_shape(spec.shape))
 
     return sum(size(spec) for spec in jax.tree.leaves(specs)) * dtype.itemsize
 
@@ -147,26 +153,31 @@ def _sampling_bytes(model: LlamaConfig, sampler: ml_collections.ConfigDict, dtyp
     return layer + scores + 8 * max(64, sampler.max_slots) * vocab * 4
 
 
-def _update_bytes(model: LlamaConfig, learner: LearnerSettings, max_seq_len: int, ways: int) -> int:
+def _update_bytes(model: LlamaConfig, learner: LearnerSettings, max_seq_len: int, sizes: tuple[int, int, int]) -> int:
     """`update.accumulate` for a micro-batch of conversations that are all as long as they may be.
 
     The multiples are those of XLA's buffers for programs that were compiled for the CPU, within 20%.
     """
+    copies, shards, ways = sizes
     length = packing.block_length(max_seq_len, minimum=learner.min_block_length)
     blocks = packing.micro_batch_size(
-        learner.batch_size, learner.gradient_accumulation, limit=learner.most_blocks(length)
+        learner.batch_size,
+        learner.gradient_accumulation,
+        limit=learner.most_blocks(length),
+        multiple=copies * shards,
     )
+    chunk = losses.chunk_length(blocks, length, model.vocab_size)
+    blocks //= copies * shards
     tokens, width = blocks * length, model.hidden_size
     heads, qkv, mlp, vocab = _shares(model, ways)
     itemsize = jnp.dtype(learner.compute_dtype).itemsize
     trained = lora.trained_specs(model, learner.trainable)
-    params = _bytes(trained, jnp.dtype(learner.compute_dtype), ways)
+    params = _bytes(trained, jnp.dtype(learner.compute_dtype), sizes)
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
     score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + 3 * score_bytes
-    chunk = losses.chunk_length(blocks, length, model.vocab_size)
     # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
     matrices = 0 if is_constant and itemsize == 4 else 2
@@ -176,7 +187,7 @@ def _update_bytes(model: LlamaConfig, learner: LearnerSettings, max_seq_len: int
         "dots": 3 * width + qkv + 2 * mlp + adapted,
         None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.QUERY_CHUNK else 0),
     }[learner.remat]
-    gradients = _bytes(trained, jnp.dtype("float32"), ways) + (3 * params if itemsize < 4 else 0)
+    gradients = _bytes(trained, jnp.dtype("float32"), sizes) + (3 * params if itemsize < 4 else 0)
     return int(gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits))
 
 
@@ -249,7 +260,7 @@ class Plan:
         def fits(changes: dict[str, Any]) -> bool:
             settings = self.settings.copy_and_resolve_references()
             settings.update_from_flattened_dict(changes)
-            return getattr(estimate_all(self.models, settings), moment) <= device_bytes(most_ways(settings))
+            return getattr(estimate_all(self.models, settings), moment) <= device_bytes()
 
         def mildest(key: str, others: dict[str, Any]) -> Any:
             """The first of the knob's values that fits; the last where none does."""
@@ -312,20 +323,21 @@ def plan(settings: ml_collections.ConfigDict) -> Plan:
         InvalidConfigError: as `weights.load_config`.
     """
     models = {name: weights.load_config(own.model.path) for name, own in config_models.of_each(settings).items()}
-    return Plan(models, settings, estimate_all(models, settings), device_bytes(most_ways(settings)))
+    return Plan(models, settings, estimate_all(models, settings), device_bytes())
 
 
-def most_ways(settings: ml_collections.ConfigDict) -> int:
-    """How many devices share a weight matrix, of the model for which these are most."""
-    return max(own.model.tensor_parallel for own in config_models.of_each(settings).values())
+def fewest_devices(settings: ml_collections.ConfigDict) -> int:
+    """The devices without which the settings of each model's mesh make no sense."""
+    models = [own.model for own in config_models.of_each(settings).values()]
+    return math.lcm(*(model.tensor_parallel * max(1, model.fsdp) for model in models))
 
 
-def device_bytes(ways: int = 1) -> int | None:
-    """Memory of one device; of the host's, where devices are CPU, the share of one of `ways`. None if not known."""
+def device_bytes() -> int | None:
+    """Memory of one device; of the host's, where devices are CPU, an equal share. None if not known."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    return host_bytes() // ways
+    return host_bytes() // jax.local_device_count()
 
 
 def host_bytes() -> int:
@@ -356,7 +368,12 @@ def _knobs(
     tokens = range(sampler.kv_cache_tokens // 1024 * 1024, runtime.max_seq_len, -1024)
     yield "sampler.kv_cache_tokens", [n for n in (*tokens, runtime.max_seq_len) if n < sampler.kv_cache_tokens]
     if not config_models.names(settings) and jax.default_backend() != "cpu":
-        yield "model.tensor_parallel", _doubled(settings.model.tensor_parallel, len(jax.devices()))
+        (model,), ways = models.values(), settings.model.tensor_parallel
+        if settings.model.fsdp == -1:
+            divided = math.gcd(jax.device_count(), model.num_kv_heads, model.intermediate_size)
+            yield "model.tensor_parallel", [n for n in range(ways + 1, divided + 1) if divided % n == 0]
+        elif settings.model.fsdp < math.gcd(jax.device_count() // ways, model.hidden_size):
+            yield "model.fsdp", [-1]
     longest = min(runtime.max_seq_len, max(model.max_seq_len for model in models.values()))
     yield "runtime.max_seq_len", [longest >> n for n in range(1, 6) if longest >> n >= 256]
     if not config_models.names(settings) and compute_dtype(settings.model.dtype) == jnp.float32:

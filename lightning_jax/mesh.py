@@ -7,6 +7,8 @@
 Arrays name logical axes (`batch`, `embed`, `kv_heads`, ...); `RULES` is the only place that knows the mesh's.
 """
 
+import contextlib
+import math
 from typing import Any, Protocol
 
 import jax
@@ -32,6 +34,42 @@ class HasAxes(Protocol):
     logical_axes: tuple[str | None, ...]
 
 
+def axis_sizes(
+    num_devices: int, *, tensor: int, fsdp: int, width: int, kv_heads: int, mlp: int
+) -> tuple[int, int, int]:
+    """How many devices each axis of `AXES` has, so that all of them are used.
+
+    Args:
+        num_devices: of all processes.
+        tensor: `model.tensor_parallel`.
+        fsdp: `model.fsdp`; -1 for as many as `tensor` leaves and the model's width can be divided over. What is left
+            after both holds copies (`data`).
+        width, kv_heads, mlp: the model's sizes that are divided: hidden size, KV heads, feed-forward columns.
+
+    Raises:
+        InvalidConfigError: the devices or the model's sizes do not divide; names values that do.
+    """
+    heads = math.gcd(kv_heads, mlp)
+    if num_devices % tensor or heads % tensor:
+        fitting = [n for n in range(1, num_devices + 1) if num_devices % n == 0 and heads % n == 0]
+        raise InvalidConfigError(
+            f"model.tensor_parallel {tensor} does not divide what it is to: there are {num_devices} devices, and the "
+            f"model has {kv_heads} key/value heads and {mlp} feed-forward columns",
+            hint=f"set it to {' or '.join(map(str, fitting))}; model.fsdp can use the other devices",
+        )
+    rest = num_devices // tensor
+    if fsdp == -1:
+        fsdp = math.gcd(rest, width)
+    if rest % fsdp or width % fsdp:
+        fitting = [n for n in range(1, rest + 1) if rest % n == 0 and width % n == 0]
+        raise InvalidConfigError(
+            f"model.fsdp {fsdp} does not divide what it is to: there are {rest} devices for each part of "
+            f"model.tensor_parallel {tensor}, and the model is {width} wide",
+            hint=f"set it to {' or '.join(map(str, fitting))}, or to -1, which chooses",
+        )
+    return rest // fsdp, fsdp, tensor
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh over the first `data * fsdp * tensor` devices; `jax.set_mesh` makes it current.
 
@@ -42,9 +80,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
     if count > len(devices):
         raise InvalidConfigError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there are {len(devices)}",
-            hint="lower model.tensor_parallel, or start with more devices",
+            hint="lower model.tensor_parallel or model.fsdp, or start with more devices",
         )
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def current(mesh: jax.sharding.Mesh | None) -> Any:
+    """A context in which `mesh` is the one that `constrain` means; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def partition_spec(

@@ -58,14 +58,13 @@ class Policy:
         self._dtype = compute_dtype(settings.model.dtype)
         self.trainable = lora.Trainable.of(settings.model)
         self._mesh = None
-        if settings.model.tensor_parallel > 1:
-            self._mesh = mesh_lib.make_mesh(tensor=settings.model.tensor_parallel)
         self.name = name
         self.tokenizer = tokenizer_lib.load_tokenizer(settings.model.path)
         shardings = None
-        if self._mesh is not None:  # so that no device holds a large model as a whole
-            abstract = llama.abstract_params(weights.load_config(settings.model.path))
-            shardings = mesh_lib.shardings(self._mesh, abstract)
+        if jax.device_count() > 1:  # so that no device holds a large model as a whole
+            model = weights.load_config(settings.model.path)
+            self._mesh = mesh_lib.make_mesh(*mesh_sizes(model, settings, jax.device_count()))
+            shardings = mesh_lib.shardings(self._mesh, llama.abstract_params(model))
         self.config, self._initial = weights.load_model(settings.model.path, self._loaded_dtype, shardings)
         self.trainable.check(self.config)
         self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
@@ -398,6 +397,18 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def mesh_sizes(model: llama.LlamaConfig, settings: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int, int]:
+    """A model's (data, fsdp, tensor) on so many devices; see `mesh.axis_sizes`, also for what it raises."""
+    return mesh_lib.axis_sizes(
+        num_devices,
+        tensor=settings.model.tensor_parallel,
+        fsdp=settings.model.fsdp,
+        width=model.hidden_size,
+        kv_heads=model.num_kv_heads,
+        mlp=model.intermediate_size,
+    )
 
 
 def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> learner_lib.LearnerSettings:

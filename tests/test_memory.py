@@ -125,17 +125,25 @@ def test_adapters_need_a_fraction():
 
 
 def test_devices_share_what_divides():
-    alone, four = (memory.estimate(LLAMA_3B, settings(model__tensor_parallel=ways)) for ways in (1, 4))
+    alone, four = (memory.estimate(LLAMA_3B, settings(model__tensor_parallel=ways), ways) for ways in (1, 4))
     assert alone.masters == pytest.approx(4 * 3.2e9, rel=0.01)
     for part in ("masters", "optimizer", "sampler", "kv_cache"):
         assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=0.001)
-    three = memory.estimate(LLAMA_3B, settings(model__tensor_parallel=3))  # 8 KV heads do not divide by 3
-    assert three.kv_cache == alone.kv_cache
+    shards = memory.estimate(LLAMA_3B, settings(), 4)
+    for part in ("masters", "optimizer", "sampler"):
+        assert getattr(shards, part) == pytest.approx(getattr(alone, part) / 4, rel=0.001)
+    assert shards.kv_cache == alone.kv_cache
+    copies = memory.estimate(LLAMA_3B, settings(model__fsdp=1), 4)
+    assert (copies.masters, copies.kv_cache) == (alone.masters, alone.kv_cache)
+    assert shards.update < copies.update < 0.3 * alone.update
+    with pytest.raises(InvalidConfigError, match="tensor_parallel 3 does not divide .* 8 key/value heads"):
+        memory.estimate(LLAMA_3B, settings(model__tensor_parallel=3), 3)
 
 
-def test_two_models_need_both_and_work_one_at_a_time():
+def test_two_models_need_both_and_work_one_at_a_time(monkeypatch):
     two = {"models.query.path": "a", "models.answer.path": "b", "models.answer.tensor_parallel": 4}
     config = config_lib.merge(environ={}, flag_overrides=two)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
     both = memory.estimate_all({"query": TINY, "answer": LLAMA_3B}, config)
     small = memory.estimate(TINY, settings())
     large = memory.estimate(LLAMA_3B, settings(model__tensor_parallel=4))
@@ -157,7 +165,7 @@ def on_machine(monkeypatch):
     """Lets devices have so many GB."""
 
     def of(limit_gb):
-        monkeypatch.setattr(memory, "device_bytes", lambda ways=1: int(limit_gb * GB))
+        monkeypatch.setattr(memory, "device_bytes", lambda: int(limit_gb * GB))
 
     return of
 

@@ -157,7 +157,12 @@ def forward(
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=not isinstance(layers, dict))
 
     with jax.named_scope("embed"):
-        x_btd = mesh.constrain(params["embed_vd"][token_bt], "batch", None, None)
+        embed_vd = params["embed_vd"]
+        if cache is None:  # the batch is divided, and weights are gathered; few rows go to the weights instead
+            embed_vd = mesh.constrain(embed_vd, "vocab", None)  # looked up in parts of columns it would be moved twice
+        x_btd = embed_vd[token_bt]
+        if cache is None:
+            x_btd = mesh.constrain(x_btd, "batch", None, None)
     if isinstance(layers, dict):
         if cache is not None:
             raise ValueError("a cache needs unstacked layers; see unstack_layers")

@@ -122,8 +122,9 @@ class Learner:
             logprob_bt = np.concatenate([np.concatenate(jax.device_get(parts))[:per_step] for parts in scored])
             return [logprob_bt[place] for place in places]
 
-        logprobs = of_rows(self.state.params, self.frozen)
-        references = [None] * len(rows) if self._reference is None else of_rows(self._reference, None)
+        with mesh_lib.current(self._mesh):
+            logprobs = of_rows(self.state.params, self.frozen)
+            references = [None] * len(rows) if self._reference is None else of_rows(self._reference, None)
         return [Scores(*of_row) for of_row in zip(logprobs, references, strict=True)]
 
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
@@ -148,7 +149,9 @@ class Learner:
                 dataclasses.replace(row, old_logprob=score.logprob) for row, score in zip(rows, scores, strict=True)
             ]
         steps = self._divide(rows, advantage_n)
-        metrics = _metrics(jax.device_get(self._optimizer_steps(steps)), has_reference=self._reference is not None)
+        with mesh_lib.current(self._mesh):
+            step_metrics = jax.device_get(self._optimizer_steps(steps))
+        metrics = _metrics(step_metrics, has_reference=self._reference is not None)
         if skipped := metrics["policy/skipped_steps"]:
             _log.warning("%d of %d optimizer steps skipped: the gradient was not finite", skipped, len(steps))
 

@@ -3,7 +3,6 @@
 Nothing in this file waits for the device.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -243,7 +242,7 @@ class Executor:
 
     def _device(self) -> Any:
         """Inside it the mesh is current."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return mesh_lib.current(self._mesh)
 
     def _sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.sharding.Sharding:
         if self._mesh is None:

@@ -49,6 +49,7 @@ def test_the_references_yaml_is_read_as_printed(tmp_path):
         "path": "meta-llama/Llama-3.2-3B-Instruct",
         "dtype": "bfloat16",
         "tensor_parallel": 4,
+        "fsdp": -1,
     }
     assert config.algorithm.learning_rate == 5e-7  # YAML 1.1 calls a number without a point a string
     assert isinstance(config.algorithm.learning_rate, float)
