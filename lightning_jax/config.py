@@ -7,7 +7,7 @@ A setting has a dotted key (`algorithm.learning_rate`). Its value comes from the
     3. a YAML file            --server_config=server_config.yaml, else the config file  --config=configs/quickstart.py
     4. `default_config()`
 
-Wherever a value comes from, it is held against the default's type and the rules in `_RULES`; what does not fit is an
+Wherever a value comes from, it is held against the default's type and `config_rules.RULES`; what does not fit is an
 `InvalidConfigError` that names the key, the source and what would be right.
 """
 
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ml_collections import config_dict
 from agent_lightning import cli
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models
+from lightning_jax.config_rules import RULES
 
 # The reference's variable names. Those that only an agent's side reads are listed so that they are not taken for typos.
 ENVIRONMENT = {
@@ -130,79 +131,6 @@ def default_config() -> config_dict.ConfigDict:
     return c
 
 
-# Rules: what a single value must be -----------------------------------------------------------------------------------
-
-
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    text: str  # completes "must be ..."
-    choices: tuple[str, ...] = ()
-
-
-def _at_least(low: float) -> _Rule:
-    return _Rule(lambda v: v >= low, f"at least {low}")
-
-
-def _one_of(*choices: str) -> _Rule:
-    text = f"one of {', '.join(map(repr, choices))}" if len(choices) > 1 else f"{choices[0]!r} in this version"
-    return _Rule(lambda v: v in choices, text, choices)
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        return re.compile(text) is not None
-    except re.error:
-        return False
-
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_POSITIVE = _Rule(lambda v: v > 0, "greater than 0")
-_DECAY = _Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
-_POWER_OF_TWO = _Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
-_RULES = {
-    "mode": _one_of("serve", "train", "evaluate", "plan"),
-    "workdir": _Rule(bool, "a folder's path"),
-    "seed": _Rule(lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
-    "device": _one_of("auto", "cpu", "gpu", "cuda", "tpu"),
-    "model.path": _Rule(bool, "a Hugging Face folder, a .gguf file, or 'builtin:tiny'"),
-    "model.fsdp": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 for as many as there are"),
-    "model.dtype": _one_of("auto", "float32", "bfloat16"),
-    "model.lora_alpha": _POSITIVE,
-    "model.lora_targets": _Rule(
-        lambda v: v == "all-linear" or all(name.strip() in LORA_TARGETS for name in v.split(",")),
-        f"'all-linear' or some of {', '.join(LORA_TARGETS)}, with commas between them",
-    ),
-    "model.frozen": _Rule(_is_pattern, "a regular expression"),
-    "algorithm.name": _one_of("grpo"),
-    "algorithm.credit": _one_of("trajectory", "step"),
-    "algorithm.adam_b1": _DECAY,
-    "algorithm.adam_b2": _DECAY,
-    "algorithm.max_grad_norm": _POSITIVE,
-    "algorithm.clip_range": _Rule(lambda v: 0 < v < 1, "between 0 and 1"),
-    "runtime.remat": _one_of("none", "dots", "full"),
-    "sampler.page_size": _POWER_OF_TWO,
-    "sampler.prefill_chunk": _POWER_OF_TWO,
-    "sampler.top_p": _Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "agent.nworkers": _Rule(lambda v: v >= 1 or v == -1, "at least 1, or -1 to choose it from cores and slots"),
-    "agent.rollout_timeout_s": _POSITIVE,
-    "server.host": _Rule(bool, "an address to listen on, such as '127.0.0.1' or '0.0.0.0'"),
-    "server.port": _Rule(lambda v: 0 <= v <= 65535, "between 0 and 65535"),
-}
-_SMALLEST = {  # section -> smallest value -> names
-    "model": {0: "lora_rank", 1: "tensor_parallel"},
-    "algorithm": {0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef", 2: "group_size"},
-    "runtime": {
-        0: "total_steps eval_interval checkpoint_interval max_to_keep",
-        1: "gradient_accumulation epochs",
-        2: "max_seq_len batch_size",
-    },
-    "sampler": {0: "temperature top_k", 1: "max_slots kv_cache_tokens decode_steps max_queue max_tokens"},
-    "agent": {1: "max_attempts"},
-}
-for _section, _lows in _SMALLEST.items():
-    _RULES |= {f"{_section}.{name}": _at_least(low) for low, names in _lows.items() for name in names.split()}
-
-
 def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None = None) -> None:
     """Holds every value, and the values that must fit together, against the rules.
 
@@ -221,7 +149,7 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
     value_of = dict(flatten(config))
     if config.algorithm.name in _LATER_ALGORITHMS:
         fail("algorithm.name", f"{config.algorithm.name!r} is not there yet", "this version trains with 'grpo'")
-    for key, rule in [*_RULES.items(), *config_models.rules(config, _RULES)]:
+    for key, rule in [*RULES.items(), *config_models.rules(config, RULES)]:
         value = value_of[key]
         if not rule.holds(value):
             fail(key, f"must be {rule.text}, not {value!r}", _did_you_mean(str(value), rule.choices))

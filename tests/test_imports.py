@@ -17,6 +17,7 @@ FLOORS = {
     "lightning_jax": 0,  # __init__.py: it must stay empty of imports
     "lightning_jax.metrics": 1,
     "lightning_jax.text": 1,
+    "lightning_jax.config_rules": 1,
     "lightning_jax.config_models": 1,  # config's part about several models
     "lightning_jax.config": 2,
     "lightning_jax.store": 2,

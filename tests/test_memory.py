@@ -107,7 +107,7 @@ def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, rem
     batch = Batch(*(jax.ShapeDtypeStruct((blocks, length), dtype) for dtype in dtypes))
     num_tokens = jax.ShapeDtypeStruct((), jnp.float32)
     totals = jax.eval_shape(update.zero_totals, params)
-    arguments = totals, params, whole, batch, None, num_tokens, frozen
+    arguments = totals, params, whole, batch, num_tokens, frozen
     lowered = update.accumulate.lower(*arguments, config=model, settings=learner)
     compiled = lowered.compile().memory_analysis().temp_size_in_bytes
     assert 0.9 < memory.estimate(model, config).update / compiled < 1.3

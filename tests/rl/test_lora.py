@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config as config_lib
+from lightning_jax import config_rules
 from lightning_jax.model import llama, lora
 from lightning_jax.rl import checkpoint, packing, update
 from lightning_jax.rl.learner import Learner, LearnerSettings
@@ -54,7 +54,7 @@ def totals_of(config, settings, params, blocks, frozen=None):
 
 
 def test_the_targets_are_those_that_settings_name():
-    assert tuple(lora.TARGETS) == config_lib.LORA_TARGETS
+    assert tuple(lora.TARGETS) == config_rules.LORA_TARGETS
 
 
 def test_gradients_follow_from_those_of_the_merged_model(config, params, adapters, rows, advantages):
