@@ -22,6 +22,13 @@ START_FLAGS = {  # of `server start`, by the setting that each stands for
 }
 STARTED_HERE = "AGENT_LIGHTNING_STARTED_BY_CLI"  # tells the server to name these flags in what it says
 
+
+def flag_of(key: str) -> str:
+    """The server's flag for a setting, as the command that this process was started with has it."""
+    short = START_FLAGS.get(key) if STARTED_HERE in os.environ else None
+    return f"--{short}" if short else f"--config.{key}"
+
+
 EXAMPLES = f"""examples:
   {PROGRAM} server start --model builtin:tiny --port 8000
   {PROGRAM} data upload --train train.jsonl --test test.jsonl --data-id my-dataset

@@ -5,6 +5,8 @@ import time
 
 from agent_lightning.pool import PoolStatus
 
+SAMPLE_CHARS = 300  # of a completion in the table of samples
+
 
 class JobProgress:
     """Follows one job; a context manager. `on_event`, `on_status` and `on_output` may be called from any thread."""
@@ -49,6 +51,8 @@ class JobProgress:
             self._first = data.get("first_step", 0)
         elif kind == "step":
             self._on_step(step, data)
+        elif kind == "samples":
+            self._show_samples(step, data["samples"])
         elif kind == "warning":
             self.say(f"warning: {data['text']}")
         elif kind == "evaluation":
@@ -89,6 +93,18 @@ class JobProgress:
             failed = f"{data['rollout/failed']:.0f} failed" if data.get("rollout/failed") else ""
             parts = [f"step {step}/{last}", self._reward, failed, self._speed, self._left]
             self.say("  ".join(filter(None, parts)))
+
+    def _show_samples(self, step: int, samples: list[dict]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("task", "reward", "last reply", title=f"samples of step {step}", title_justify="left")
+        for sample in samples:
+            shown = " ".join(sample["completion"].split())
+            shown = shown if len(shown) <= SAMPLE_CHARS else f"{shown[:SAMPLE_CHARS]} ..."
+            table.add_row(*map(Text, (sample["task_id"], _number(sample["reward"]), shown)))
+        if samples:
+            self._console.print(table)
 
     def _refresh(self) -> None:
         if not self._live:

@@ -21,6 +21,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from agent_lightning import cli
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 
@@ -99,7 +100,7 @@ def _check_overrides(argv: list[str]) -> None:
         if not match:
             continue
         negated, key, value = match.groups()
-        source = f"flag {config_lib.flag(key)}"
+        source = f"flag {cli.flag_of(key)}"
         setting = config_lib.find_setting(key, settings, source)
         if negated and setting.type is not bool:
             raise InvalidConfigError(f"{key} is not true or false, so --noconfig.{key} says nothing")

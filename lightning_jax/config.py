@@ -126,6 +126,7 @@ def default_config() -> config_dict.ConfigDict:
     c.logging = logging = config_dict.ConfigDict()
     logging.tensorboard = True  # event files beside metrics.jsonl
     logging.wandb_project = ""  # also log to this Weights & Biases project
+    logging.samples_every = 10  # updates between tables of sample completions with their rewards; 0: none
     c.lock()
     c.models.unlock()  # the names in it are the user's
     return c
@@ -176,7 +177,7 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
     needs = {"train": ("agent.script", "data.train_file"), "evaluate": ("agent.script", "data.test_file")}
     for key in needs.get(config.mode, ()):
         if not value_of[key]:
-            fail(key, f"is empty, and mode {config.mode!r} needs it", f"{flag(key)}=FILE")
+            fail(key, f"is empty, and mode {config.mode!r} needs it", f"{cli.flag_of(key)}=FILE")
 
 
 # Merge ----------------------------------------------------------------------------------------------------------------
@@ -185,12 +186,6 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
 class Setting(NamedTuple):
     type: type
     optional: bool
-
-
-def flag(key: str) -> str:
-    """The flag that sets this, as the command that this process was started with has it."""
-    short = cli.START_FLAGS.get(key) if cli.STARTED_HERE in os.environ else None
-    return f"--{short}" if short else f"--config.{key}"
 
 
 def flatten(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -309,8 +304,7 @@ def _environment_settings(environ: Mapping[str, str]) -> Iterator[tuple[str, str
                 yield ENVIRONMENT[name], value, f"environment variable {name}"
         elif name not in known and "LIGHTNING_" in name:
             # Other products' variables begin with LIGHTNING_ too: only what looks like a slip is an error.
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-            if close:
+            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
                 raise InvalidConfigError(f"unknown environment variable {name}", hint=f"did you mean {close[0]}?")
 
 
@@ -361,7 +355,7 @@ def merge(
             yield from _yaml_settings(yaml_path, settings)
         yield from _environment_settings(os.environ if environ is None else environ)
         for key, value in (flag_overrides or {}).items():
-            yield key, value, f"flag {flag(key)}"
+            yield key, value, f"flag {cli.flag_of(key)}"
 
     for key, value, source in list(given()):
         value = typed(key, find_setting(key, settings, source), value, source)

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
-from agent_lightning import agent_source, client, results
+from agent_lightning import agent_source, cli, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
@@ -88,7 +88,7 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
     if differences:
         raise InvalidConfigError(
             f"{workdir} holds a run with other settings: {'; '.join(differences)}",
-            hint=f"choose another with {config_lib.flag('workdir')}, or remove that folder",
+            hint=f"choose another with {cli.flag_of('workdir')}, or remove that folder",
         )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,17 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(int(step), finite)
 
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Sample completions, as a text in TensorBoard and a table in W&B; the store has them all.
+
+        Args:
+            step: the update that they were sampled for.
+            samples: rows with `task_id`, `rollout_id`, `reward` and `completion`.
+        """
+        for sink in self._sinks:
+            if samples:
+                sink.write_samples(int(step), samples)
+
     def truncate_after(self, step: int) -> None:
         """Drops what was written for later steps, for a run that goes on from the checkpoint of `step`."""
         kept = [row for row in read_metrics(self._workdir) if row["step"] <= step]
@@ -145,11 +156,24 @@ class _TensorBoard:
         writer = _package("tensorboard.summary.writer.event_file_writer", "logging.tensorboard")
         self._event = _package("tensorboard.compat.proto.event_pb2", "logging.tensorboard")
         self._summary = _package("tensorboard.compat.proto.summary_pb2", "logging.tensorboard")
+        self._tensor = _package("tensorboard.compat.proto.tensor_pb2", "logging.tensorboard")
         self._writer = writer.EventFileWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._add(step, summary=self._summary.Summary(value=values))
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        text = "\n\n".join(
+            f"**{sample['task_id']}**, reward {sample['reward']:.4g}\n\n"
+            + "\n".join(f"    {line}" for line in sample["completion"].splitlines())  # verbatim in Markdown
+            for sample in samples
+        )
+        summary = self._summary
+        tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[text.encode()])
+        metadata = summary.SummaryMetadata(plugin_data=summary.SummaryMetadata.PluginData(plugin_name="text"))
+        value = summary.Summary.Value(tag="samples", tensor=tensor, metadata=metadata)
+        self._add(step, summary=summary.Summary(value=[value]))
 
     def truncate_after(self, step: int) -> None:
         # A session start tells readers to forget what an earlier event file holds from this step on.
@@ -167,7 +191,7 @@ class _WandB:
     """A Weights & Biases run, the same one each time the work directory is continued."""
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any] | None):
-        wandb = _package("wandb", "logging.wandb_project")
+        self._wandb = wandb = _package("wandb", "logging.wandb_project")
         id_file = workdir / "wandb_run_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8), encoding="utf-8")
@@ -184,6 +208,11 @@ class _WandB:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        columns = ["task_id", "rollout_id", "reward", "completion"]
+        table = self._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
+        self._run.log({"step": step, "samples": table})
 
     def truncate_after(self, step: int) -> None:
         """W&B keeps what it has; the curve that is written again lies over it."""

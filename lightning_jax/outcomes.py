@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,17 +27,58 @@ def rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n:
     groups = [return_n[(group_n == g) & np.isfinite(return_n)] for g in np.unique(group_n)]
     flat = [np.ptp(group) == 0 for group in groups if len(group) > 1]
     causes = collections.Counter(record.cause for record in records if record.status == "failed")
-    on_the_way = [sum(call.reward for call in record.calls) for record in records if record.status == "succeeded"]
+    succeeded = [record for record in records if record.status == "succeeded"]
+    on_the_way = [sum(call.reward for call in record.calls) for record in succeeded]
+    of_agent_n = np.array([record.reward for record in succeeded], np.float64)
     return {
         "reward/mean": mean(return_n),
         "reward/std": float(finite_n.std()) if len(finite_n) else math.nan,
+        "reward/agent_mean": mean(of_agent_n),
+        "reward/agent_std": float(of_agent_n.std()) if succeeded else math.nan,
         "reward/intermediate_mean": float(np.mean(on_the_way)) if on_the_way else 0.0,
+        "reward/intermediate_std": float(np.std(on_the_way)) if on_the_way else 0.0,
         "reward/zero_variance_groups": float(np.mean(flat)) if flat else math.nan,
         "rollout/count": len(records),
         "rollout/failed": sum(causes.values()),
         **completion_metrics([call for record in records for call in record.calls]),
         **{f"rollout/failed_{cause}": count for cause, count in causes.items()},
     }
+
+
+def source_metrics(return_n: np.ndarray, source_n: Sequence[str | None]) -> dict[str, float]:
+    """Mean and standard deviation of the total rewards by the tasks' `source`; nothing for tasks that have none."""
+    names = {source: re.sub(r"[^a-z0-9_.-]", "_", source.lower()) for source in source_n if source}
+    found = {}
+    for name in sorted(set(names.values())):
+        reward_m = return_n[[names.get(source) == name for source in source_n]].astype(np.float64)
+        reward_m = reward_m[np.isfinite(reward_m)]
+        found[f"reward/source/{name}/mean"] = mean(reward_m)
+        found[f"reward/source/{name}/std"] = float(reward_m.std()) if len(reward_m) else math.nan
+    return found
+
+
+def staleness_metrics(calls: Sequence[CallRecord], version: int) -> dict[str, float]:
+    """How many updates old the weights were that sampled, at the update whose weights are `version`."""
+    ages = [version - call.policy_version for call in calls]
+    return {
+        "rollout/staleness_mean": float(np.mean(ages)) if ages else 0.0,
+        "rollout/staleness_max": max(ages, default=0),
+    }
+
+
+def sample_table(records: list[RolloutRecord], decode: Callable[[CallRecord], str], count: int = 4) -> list[dict]:
+    """Some of a step's rollouts to look at, from the lowest total reward to the highest: task, reward, last reply."""
+    called = sorted((r for r in records if r.status == "succeeded" and r.calls), key=total_reward)
+    chosen = np.unique(np.linspace(0, len(called) - 1, count).round().astype(int)) if called else []
+    return [
+        {
+            "task_id": called[i].task_id,
+            "rollout_id": called[i].rollout_id,
+            "reward": total_reward(called[i]),
+            "completion": decode(called[i].calls[-1]),
+        }
+        for i in chosen
+    ]
 
 
 def completion_metrics(calls: list[CallRecord]) -> dict[str, float]:

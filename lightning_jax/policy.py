@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config_models
+from lightning_jax import config_models, utilization
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora, weights
 from lightning_jax.rl import algorithms, checkpoint
@@ -132,6 +132,27 @@ class Policy:
 
     def sampler_metrics(self) -> dict[str, float]:
         return {f"sampler/{name}": value for name, value in self._engine.stats().items()}
+
+    def step_metrics(
+        self, before: Mapping[str, float], trained_tokens: int, sample_s: float, train_s: float
+    ) -> dict[str, float]:
+        """What a step made of the prefix cache and of the device; `before` are the sampler's metrics at its start."""
+        now = self.sampler_metrics()
+        spent = {name: now[f"sampler/{name}"] - before[f"sampler/{name}"] for name in self._engine.stats()}
+        prompts = spent["cached_tokens"] + spent["prefill_tokens"]
+        metrics = {"sampler/cache_hit_fraction": spent["cached_tokens"] / prompts if prompts else 0.0}
+        if (limits := utilization.limits()) is not None:
+            flops_per_s, bytes_per_s = (limit * (1 if self._mesh is None else self._mesh.size) for limit in limits)
+            flops = utilization.update_flops(
+                self.config,
+                trained_tokens,
+                has_reference=self._settings.algorithm.kl_coef > 0,
+                only_adapters=self.trainable.lora_rank > 0,
+            )
+            read_bytes = spent["decode_steps"] * utilization.num_params(self.config) * self._dtype.itemsize
+            metrics["train/mfu"] = flops / (train_s * flops_per_s)
+            metrics["sampler/bandwidth_fraction"] = read_bytes / (sample_s * bytes_per_s)
+        return metrics
 
     def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
         """A checkpoint's parameters as NumPy arrays of `dtype`, in the master form; None reads the model itself.
@@ -303,6 +324,11 @@ class Policies(Mapping[str, Policy]):
     def error(self) -> BaseException | None:
         """The exception that ended the device thread, if one did."""
         return self._device.error
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds so far in which the device thread had nothing to do."""
+        return self._device.idle_s
 
     def close(self) -> None:
         self._device.close()

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import pathlib
-import threading
 import time
 from typing import Any
 
@@ -25,66 +24,15 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import TrainingError
-from lightning_jax import data, metrics, outcomes, rows
+from lightning_jax import data, metrics, outcomes, rows, utilization
+from lightning_jax.job_state import Clock, History, StopFlag, Stopped
 from lightning_jax.policy import Policies
 from lightning_jax.rl import advantages, checkpoint
-from lightning_jax.store import RolloutEntry, RolloutRecord, Store
+from lightning_jax.store import CallRecord, RolloutEntry, RolloutRecord, Store
 
 _log = logging.getLogger(__name__)
 
 _SILENCE_S = 600.0  # without a word from any worker pool a job ends; pools themselves give up after 300 s
-
-
-class StopFlag:
-    """Asks a job to end: after the step in hand (`request()`), or at once (`request(now=True)`)."""
-
-    def __init__(self):
-        self._after_step = threading.Event()
-        self._now = threading.Event()
-
-    def request(self, now: bool = False) -> None:
-        self._after_step.set()
-        if now:
-            self._now.set()
-
-    @property
-    def after_step(self) -> bool:
-        return self._after_step.is_set()
-
-    @property
-    def now(self) -> bool:
-        return self._now.is_set()
-
-
-class Stopped(Exception):
-    """The job was asked to end at once."""
-
-
-@dataclasses.dataclass
-class History:
-    """What a job has seen so far; saved in every checkpoint and returned as its result.
-
-    Attributes:
-        start_step: the policy's step before the job's first update.
-        train_rewards: mean reward of each update's rollouts.
-        test_rewards: [step, mean reward] of each evaluation.
-        time_s: seconds spent, over all restarts.
-        tokens: tokens sampled in training rollouts.
-        sample_s: seconds spent waiting for training rollouts.
-        logprob_diff: mean |sampler - learner| log-prob of the newest update.
-        failed: training rollouts that failed.
-        first_failure: what the first of them failed of, see `outcomes.first_failure`.
-    """
-
-    start_step: int = 0
-    train_rewards: list[float] = dataclasses.field(default_factory=list)
-    test_rewards: list[list[float]] = dataclasses.field(default_factory=list)
-    time_s: float = 0.0
-    tokens: int = 0
-    sample_s: float = 0.0
-    logprob_diff: float = 0.0
-    failed: int = 0
-    first_failure: str | None = None
 
 
 def run_job(
@@ -151,8 +99,9 @@ class _Run:
             wandb_project=config.logging.wandb_project,
             config=config.to_dict(),
         ) as writer:
+            self._writer = writer
             self._resume(tasks, writer)
-            clock = _Clock(self.history.time_s)
+            clock = Clock(self.history.time_s)
             first, last = self.history.start_step, self.history.start_step + total_steps
             self.store.update_job(self.job_id, step=policies.step - first, total_steps=total_steps)
             if policies.step and not self._has_checkpoint(policies.step):
@@ -202,9 +151,11 @@ class _Run:
 
     def _step(self, step: int, tasks: list[data.TaskItem]) -> dict[str, float]:
         """One update; returns its metrics."""
-        start = time.monotonic()
+        start, idle_s = time.monotonic(), self.policies.idle_s
+        before = {name: policy.sampler_metrics() for name, policy in self.policies.items()}
         records = self._rollouts(step, tasks, "train")
-        sampled = time.monotonic()
+        sampled, waited_s = time.monotonic(), self.policies.idle_s - idle_s
+        version = self.policies.first.version
         self.history.failed += sum(record.status == "failed" for record in records)
         self.history.first_failure = self.history.first_failure or outcomes.first_failure(records)
 
@@ -232,17 +183,37 @@ class _Run:
         self.history.sample_s += sample_s
         self.history.logprob_diff = max((d for d in differences if d is not None), default=self.history.logprob_diff)
         row = outcomes.rollout_metrics(records, return_n, group_n)
+        row |= outcomes.source_metrics(return_n, [_source(tasks[record.group]) for record in records])
+        row |= outcomes.staleness_metrics([call for record in records for call in record.calls], version)
+        self._show_samples(step, records)
         for name, policy in self.policies.items():
             row |= self._named(name, updates[name] | policy.sampler_metrics())
+            row |= self._named(
+                name, policy.step_metrics(before[name], updates[name]["train/tokens"], sample_s, train_s)
+            )
             if several:
                 calls = [call for record in records for call in rows.calls_of(record, name)]
                 row |= self._named(name, outcomes.completion_metrics(calls))
         return row | {
             "time/sample_s": sample_s,
             "time/train_s": train_s,
+            "time/wait_s": waited_s,
             "sampler/tokens_per_s": tokens / sample_s,
             "train/tokens_per_s": trained_tokens / train_s,
+            **utilization.memory_metrics(),
         }
+
+    def _show_samples(self, step: int, records: list[RolloutRecord]) -> None:
+        every = self.config.logging.samples_every
+        if not every or (step - 1) % every:
+            return
+        samples = outcomes.sample_table(records, self._decoded)
+        self.store.add_event(self.job_id, "samples", step, {"samples": samples})
+        self._writer.write_samples(step, samples)
+
+    def _decoded(self, call: CallRecord) -> str:
+        policy = self.policies.get(call.model) or self.policies.first
+        return policy.tokenizer.decode(call.sampled_ids)
 
     def _named(self, name: str, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics of a model under its name, where there are several models."""
@@ -435,11 +406,7 @@ class _Run:
         return result
 
 
-class _Clock:
-    """Seconds since it was made, on top of what an earlier part of the run took."""
-
-    def __init__(self, seconds: float):
-        self._start = time.monotonic() - seconds
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
+def _source(item: data.TaskItem) -> str | None:
+    """What a task's `source` names, by which rewards are shown apart."""
+    source = item.task.get("source")
+    return source if isinstance(source, str) else None

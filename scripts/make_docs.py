@@ -4,7 +4,8 @@
     python scripts/make_docs.py --check   # says which are out of date, and fails if any is
 
 A page has, for each object, a line `<!-- agent_lightning.Client.train -->` and after it a line `<!-- end -->`; what is
-between them is replaced by the signature and the docstring. `<!-- settings -->` stands for the table of all settings.
+between them is replaced by the signature and the docstring. `<!-- settings -->` stands for the table of all settings,
+`<!-- metrics -->` for that of all metrics.
 """
 
 import argparse
@@ -40,6 +41,8 @@ def main() -> int:
 def _content(name: str) -> str:
     if name == "settings":
         return _settings_table()
+    if name == "metrics":
+        return _metrics_table()
     value = _find(name)
     parts = []
     if not inspect.ismodule(value):
@@ -109,6 +112,13 @@ def _settings_table() -> str:
             rows.append(f"| `{key}` | `{defaults[key]!r}` | {meaning} |")
         above = ""
     return "\n".join(rows)
+
+
+def _metrics_table() -> str:
+    from lightning_jax import metric_names
+
+    rows = [f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in metric_names.METRICS.items()]
+    return "\n".join([inspect.getdoc(metric_names), "", "| metric | meaning |", "|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ FLOORS = {
     "agent_lightning": 0,
     "lightning_jax": 0,  # __init__.py: it must stay empty of imports
     "lightning_jax.metrics": 1,
+    "lightning_jax.metric_names": 1,
+    "lightning_jax.job_state": 1,
     "lightning_jax.text": 1,
     "lightning_jax.config_rules": 1,
     "lightning_jax.config_models": 1,  # config's part about several models
@@ -28,6 +30,7 @@ FLOORS = {
     "lightning_jax.model": 4,
     "lightning_jax.sampler": 5,
     "lightning_jax.rl": 5,
+    "lightning_jax.utilization": 5,
     "lightning_jax.policy": 6,
     "lightning_jax.rows": 6,
     "lightning_jax.memory": 7,

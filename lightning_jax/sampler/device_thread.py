@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from lightning_jax.sampler import engine as engine_lib
@@ -29,6 +30,7 @@ class DeviceThread:
         self._wake = threading.Event()
         self._lock = threading.Lock()  # nothing is queued behind the last command that the thread looks at
         self._closed = self._ended = False
+        self._idle_s, self._idle_since = 0.0, None
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
         self._thread.start()
 
@@ -42,6 +44,12 @@ class DeviceThread:
                 self._commands.append((future, function, args, kwargs))
         self._wake.set()
         return future
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds so far in which there was nothing to do."""
+        since = self._idle_since
+        return self._idle_s + (time.monotonic() - since if since is not None else 0.0)
 
     def add_engine(self, engine: engine_lib.Engine) -> None:
         self._engines.append(engine)
@@ -64,7 +72,9 @@ class DeviceThread:
                     self._run_command(*self._commands.popleft())
                 busy = [engine.step() for engine in self._engines]
                 if not any(busy) and not self._commands:
+                    self._idle_since = time.monotonic()
                     self._wake.wait()
+                    self._idle_s, self._idle_since = self.idle_s, None
         except BaseException as error:  # an engine round failed: nothing that follows can be trusted
             _log.exception("the device thread ended")
             self.error = error

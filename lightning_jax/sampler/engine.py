@@ -145,8 +145,8 @@ class Engine:
         """Counters since the start and gauges of this moment.
 
         Counters: requests (ended), generated_tokens, prefill_tokens (computed), cached_tokens (of prompts, that others
-        had computed), prefill_dispatches, decode_rounds, preemptions. Gauges: running, queue_length, free_pages (cached
-        ones included), cached_pages, num_pages.
+        had computed), prefill_dispatches, decode_rounds, decode_steps, preemptions. Gauges: running, queue_length,
+        free_pages (cached ones included), cached_pages, num_pages.
         """
         pool = self._scheduler.pool
         counters = (
@@ -156,6 +156,7 @@ class Engine:
             "cached_tokens",
             "prefill_dispatches",
             "decode_rounds",
+            "decode_steps",
             "preemptions",
         )
         return {name: self._counts[name] for name in counters} | {
@@ -249,6 +250,7 @@ class Engine:
         steps = self._round_steps(members, waiting)
         sampled, top, rows = self._executor.decode(members, waiting, steps)
         self._counts["decode_rounds"] += 1
+        self._counts["decode_steps"] += steps
         entries = []
         for sequence, row in zip(members, rows, strict=True):
             count = 1 if sequence.stepwise else steps

@@ -15,8 +15,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 
+from agent_lightning import cli
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
-from lightning_jax import config as config_lib
 from lightning_jax.policy import Policies
 from lightning_jax.server import (
     control,
@@ -131,7 +131,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock.close()
         message = f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         raise InvalidConfigError(
-            message, hint=f"choose another with {config_lib.flag('server.port')}; 0 takes any free one"
+            message, hint=f"choose another with {cli.flag_of('server.port')}; 0 takes any free one"
         ) from None
     return sock
 

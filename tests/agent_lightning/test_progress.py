@@ -39,3 +39,11 @@ def test_the_servers_warnings_are_printed(capfd):
     with JobProgress("evaluation") as progress:
         progress.on_event({"kind": "warning", "step": 3, "data": {"text": "1 of [4] failed"}}, {"step": 3})
     assert capfd.readouterr().err.splitlines() == ["warning: 1 of [4] failed"]
+
+
+def test_sample_completions_are_a_table(capfd):
+    samples = [{"task_id": "train-1", "rollout_id": 7, "reward": 0.25, "completion": "so\n[b]4[/b]"}]
+    with JobProgress("training") as progress:
+        progress.on_event({"kind": "samples", "step": 3, "data": {"samples": samples}}, {"step": 3})
+    text = capfd.readouterr().err
+    assert "samples of step 3" in text and "train-1" in text and "0.250" in text and "so [b]4[/b]" in text

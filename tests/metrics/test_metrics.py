@@ -123,6 +123,35 @@ def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, monkeypatch)
     assert files and all(b"reward/mean" in file.read_bytes() for file in files)
 
 
+SAMPLES = [
+    {"task_id": "train-1", "rollout_id": 7, "reward": 0.25, "completion": "so\n\n4 <b>"},
+    {"task_id": "train-0", "rollout_id": 3, "reward": 1.0, "completion": "5"},
+]
+
+
+def test_samples_are_a_text_in_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write_samples(3, SAMPLES)
+    curve = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    curve.Reload()
+    assert curve.summary_metadata["samples"].plugin_data.plugin_name == "text"
+    (event,) = curve.Tensors("samples")
+    (text,) = event.tensor_proto.string_val
+    assert event.step == 3 and b"**train-1**, reward 0.25" in text and b"    4 <b>" in text
+
+
+def test_samples_are_a_table_in_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with MetricsWriter(tmp_path, wandb_project="lightning-jax-tests") as writer:
+        writer.write_samples(3, SAMPLES)
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/samples*.json")
+    columns = ["task_id", "rollout_id", "reward", "completion"]
+    assert json.loads(table.read_text())["data"] == [[sample[name] for name in columns] for sample in SAMPLES]
+
+
 @pytest.mark.parametrize("package, option", [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb_project": "p"})])
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, package, option):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import threading
 import time
 
@@ -9,13 +10,15 @@ import httpx
 import pytest
 
 from lightning_jax import server
+from lightning_jax.metric_names import METRICS
+from lightning_jax.metrics import read_metrics
 from lightning_jax.policy import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import CallRecord, Store, StoreError
 
 from .conftest import settings
 
-TASKS = [b'{"question": "1+1?"}\n{"question": "2+2?"}\n']
+TASKS = [b'{"question": "1+1?", "source": "sums"}\n{"question": "2+2?"}\n']
 EVALUATE = {"kind": "evaluate", "data_id": "d"}
 SMALL = {
     "algorithm.group_size": 2,
@@ -53,6 +56,12 @@ def wait_for(condition, timeout_s=60.0):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def unexplained(row):
+    """Metrics that the documentation does not know."""
+    meant = [re.sub("NAME|CAUSE", "[a-z0-9_.-]+", name) for name in METRICS]
+    return {name for name in row if not any(re.fullmatch(pattern, name) for pattern in meant)}
 
 
 def status(store, job_id):
@@ -163,6 +172,13 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(config,
         wait_for(lambda: status(store, job) == "succeeded")
     result = store.job(job)["result"]
     assert result["test_rewards"] == held_out and result["test_steps"] == [0, 1, 2, 3, 4, 5]
+    rows = read_metrics(config.workdir)
+    assert not set().union(*map(unexplained, rows)), "say in lightning_jax/metric_names.py what they mean"
+    assert {"policy/kl", "sampler/cache_hit_fraction", "eval/reward"} <= rows[-1].keys()
+    (samples,) = [event for event in store.events(job) if event["kind"] == "samples"]
+    shown = samples["data"]["samples"]
+    assert samples["step"] == 1 and len(shown) == 4 and all(sample["completion"] for sample in shown)
+    assert [sample["reward"] for sample in shown] == sorted(sample["reward"] for sample in shown)
     assert len(result["train_rewards"]) == 5
     folder = policies.checkpoint_dir.absolute()
     assert result["checkpoints"] == [str(folder / f"step-{n}") for n in (2, 4, 5)]
@@ -294,7 +310,7 @@ def test_health_says_that_the_device_failed(start, random_model):
     assert reply.json()["error"] == "the device failed: device lost"
 
 
-def test_failures_and_silence_are_told_while_the_job_runs_and_in_its_result(runner, store):
+def test_failures_and_silence_are_told_while_the_job_runs_and_in_its_result(runner, store, config):
     trace = 'Traceback\n  File "my/agent.py", line 7, in solve\n    1 / 0\nZeroDivisionError: division by zero\n'
     error = {"type": "ZeroDivisionError", "message": "division by zero", "traceback": trace}
     failed = []
@@ -313,6 +329,11 @@ def test_failures_and_silence_are_told_while_the_job_runs_and_in_its_result(runn
     first = f"{failed[0]}: exception: ZeroDivisionError: division by zero (my/agent.py, line 7, in solve)"
     assert len(says) == 2 and "no rollout called the model" in says[0]
     assert says[1] == f"1 of 4 rollouts failed; {first}"
+    row = read_metrics(config.workdir)[-1]
+    assert not unexplained(row), "say in lightning_jax/metric_names.py what they mean"
+    assert row["rollout/failed_exception"] == 1 and row["reward/agent_mean"] == 1.0 and row["reward/std"] == 0.0
+    assert row["memory/host_peak_bytes"] > 1e7 and row["time/wait_s"] > 0.0 and row["rollout/staleness_max"] == 0
+    assert row["reward/source/sums/mean"] == 1.0
     result = store.job(job)["result"]
     assert (result["failed"], result["first_failure"]) == (1, first)
     last = [event["kind"] for event in events if event["kind"] in ("step", "evaluation")]

@@ -1,0 +1,62 @@
+"""How much of the device a step used: its arithmetic, its memory bandwidth, its memory.
+
+The shares are of the limits in `LIMITS`, which are the vendors' figures. Of a device that is not in the table, of CPUs
+in particular, nothing is said: a made-up limit would make a made-up share.
+"""
+
+import resource
+import sys
+
+import jax
+import numpy as np
+
+from lightning_jax.model import llama
+from lightning_jax.model.config import LlamaConfig
+
+# JAX's device_kind, in lower case, begins with -> (dense bfloat16 FLOP/s, bytes/s of its memory); the longest wins.
+LIMITS = {
+    "tpu v4": (275e12, 1228e9),
+    "tpu v5 lite": (197e12, 819e9),
+    "tpu v5e": (197e12, 819e9),
+    "tpu v5": (459e12, 2765e9),
+    "tpu v6 lite": (918e12, 1640e9),
+    "tpu v6e": (918e12, 1640e9),
+    "nvidia a100-sxm4-40gb": (312e12, 1555e9),
+    "nvidia a100-sxm4-80gb": (312e12, 2039e9),
+    "nvidia a100 80gb pcie": (312e12, 1935e9),
+    "nvidia h100 80gb hbm3": (989e12, 3350e9),
+    "nvidia h100 pcie": (756e12, 2000e9),
+    "nvidia h200": (989e12, 4800e9),
+    "nvidia l4": (121e12, 300e9),
+    "nvidia l40s": (362e12, 864e9),
+}
+
+
+def limits() -> tuple[float, float] | None:
+    """(FLOP/s, bytes/s) of one of this process's devices, or None where they are not known."""
+    kind = jax.local_devices()[0].device_kind.lower()
+    known = [name for name in LIMITS if kind == name or kind.startswith(name + " ")]
+    return LIMITS[max(known, key=len)] if known else None
+
+
+def num_params(config: LlamaConfig) -> int:
+    """Parameters that a token is multiplied with: the embedding table counts once, where the head is."""
+    params = llama.abstract_params(config)
+    sizes = [int(np.prod(spec.shape)) for spec in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "shape"))]
+    return sum(sizes) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
+
+
+def update_flops(config: LlamaConfig, tokens: int, *, has_reference: bool, only_adapters: bool) -> float:
+    """Of an update over `tokens`: 2 a parameter forward, 2 for activations backward, 2 for the weights that learn.
+
+    2 more with a reference. What is computed anew (`runtime.remat`) is no progress and does not count; attention's own
+    products are left out too (arXiv:2204.02311, appendix B, without its last term).
+    """
+    return (4 + 2 * (not only_adapters) + 2 * has_reference) * num_params(config) * tokens
+
+
+def memory_metrics() -> dict[str, float]:
+    """The most memory that the process has held so far: of its first device where JAX tells, and of the host."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {"memory/host_peak_bytes": peak} | ({} if device is None else {"memory/device_peak_bytes": device})

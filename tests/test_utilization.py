@@ -1,0 +1,43 @@
+"""How much of a device a step used, against figures from outside."""
+
+import jax
+import pytest
+
+from lightning_jax import utilization
+from lightning_jax.model import shapes
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("cpu", None),
+        ("NVIDIA L400", None),
+    ],
+)
+def test_the_limits_are_those_of_the_very_device(monkeypatch, kind, flops):
+    class Device:
+        device_kind = kind
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    found = utilization.limits()
+    assert (found and found[0]) == flops
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),  # what the hub's pages count
+    [("llama3.2-1b", 1_235_814_400), ("llama3.2-3b", 3_212_749_824), ("smollm2-135m", 134_515_008)],
+)
+def test_every_parameter_counts_once(name, published):
+    assert utilization.num_params(shapes.SHAPES[name]) == published
+
+
+def test_an_update_is_six_operations_a_parameter_and_token_and_less_with_adapters():
+    tiny = shapes.SHAPES["tiny"]
+    size = utilization.num_params(tiny)
+    assert utilization.update_flops(tiny, 10, has_reference=False, only_adapters=False) == 60 * size
+    assert utilization.update_flops(tiny, 10, has_reference=True, only_adapters=True) == 60 * size
