@@ -136,23 +136,12 @@ class Policy:
     def step_metrics(
         self, before: Mapping[str, float], trained_tokens: int, sample_s: float, train_s: float
     ) -> dict[str, float]:
-        """What a step made of the prefix cache and of the device; `before` are the sampler's metrics at its start."""
-        now = self.sampler_metrics()
-        spent = {name: now[f"sampler/{name}"] - before[f"sampler/{name}"] for name in self._engine.stats()}
-        prompts = spent["cached_tokens"] + spent["prefill_tokens"]
-        metrics = {"sampler/cache_hit_fraction": spent["cached_tokens"] / prompts if prompts else 0.0}
-        if (limits := utilization.limits()) is not None:
-            flops_per_s, bytes_per_s = (limit * (1 if self._mesh is None else self._mesh.size) for limit in limits)
-            flops = utilization.update_flops(
-                self.config,
-                trained_tokens,
-                has_reference=self._settings.algorithm.kl_coef > 0,
-                only_adapters=self.trainable.lora_rank > 0,
-            )
-            read_bytes = spent["decode_steps"] * utilization.num_params(self.config) * self._dtype.itemsize
-            metrics["train/mfu"] = flops / (train_s * flops_per_s)
-            metrics["sampler/bandwidth_fraction"] = read_bytes / (sample_s * bytes_per_s)
-        return metrics
+        """What a step made of the prefix cache and of the devices; `before` are the sampler's metrics at its start."""
+        spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
+        devices = 1 if self._mesh is None else self._mesh.size
+        reference, adapters = self._settings.algorithm.kl_coef > 0, self.trainable.lora_rank > 0
+        share = utilization.DeviceShare(self.config, self._dtype.itemsize, devices, reference, adapters)
+        return utilization.cache_metrics(spent) | share.metrics(spent, trained_tokens, sample_s, train_s)
 
     def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
         """A checkpoint's parameters as NumPy arrays of `dtype`, in the master form; None reads the model itself.

@@ -4,8 +4,10 @@ The shares are of the limits in `LIMITS`, which are the vendors' figures. Of a d
 in particular, nothing is said: a made-up limit would make a made-up share.
 """
 
+import dataclasses
 import resource
 import sys
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -53,6 +55,51 @@ def update_flops(config: LlamaConfig, tokens: int, *, has_reference: bool, only_
     products are left out too (arXiv:2204.02311, appendix B, without its last term).
     """
     return (4 + 2 * (not only_adapters) + 2 * has_reference) * num_params(config) * tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceShare:
+    """A model on its devices.
+
+    Attributes:
+        itemsize: bytes of a parameter in the sampler.
+        num_devices: over which it is spread.
+        has_reference, only_adapters: see `update_flops`.
+    """
+
+    config: LlamaConfig
+    itemsize: int
+    num_devices: int
+    has_reference: bool
+    only_adapters: bool
+
+    def metrics(
+        self, spent: Mapping[str, float], trained_tokens: int, sample_s: float, train_s: float
+    ) -> dict[str, float]:
+        """Shares of arithmetic and bandwidth; nothing for a device whose limits are not known.
+
+        Args:
+            spent: by how much the sampler's counters rose in the step.
+            trained_tokens: tokens of the update.
+            sample_s, train_s: seconds that sampling and the update took.
+        """
+        if (known := limits()) is None:
+            return {}
+        flops_per_s, bytes_per_s = (limit * self.num_devices for limit in known)
+        flops = update_flops(
+            self.config, trained_tokens, has_reference=self.has_reference, only_adapters=self.only_adapters
+        )
+        read_bytes = spent["sampler/decode_steps"] * num_params(self.config) * self.itemsize
+        return {
+            "train/mfu": flops / (train_s * flops_per_s),
+            "sampler/bandwidth_fraction": read_bytes / (sample_s * bytes_per_s),
+        }
+
+
+def cache_metrics(spent: Mapping[str, float]) -> dict[str, float]:
+    """How much of the step's prompts was in the KV cache, from the rise of the sampler's counters."""
+    prompt_tokens = spent["sampler/cached_tokens"] + spent["sampler/prefill_tokens"]
+    return {"sampler/cache_hit_fraction": spent["sampler/cached_tokens"] / prompt_tokens if prompt_tokens else 0.0}
 
 
 def memory_metrics() -> dict[str, float]:
