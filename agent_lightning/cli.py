@@ -337,7 +337,7 @@ def _add_download(actions) -> None:
     download.add_argument(
         "--format",
         default="huggingface",
-        choices=["huggingface", "safetensors", "onnx"],
+        choices=["huggingface", "safetensors", "onnx", "peft"],
         help="default: %(default)s",
     )
     _add_connection(download)

@@ -204,7 +204,8 @@ class Client:
             format: `huggingface` is a folder that transformers, vLLM and this server load: weights, configs, tokenizer
                 and chat template. `safetensors` is the weights alone. Both are in the dtype that the server computes
                 in. `onnx` is a float32 graph with a key/value cache, named as optimum names it, with the configs and
-                the tokenizer; the server needs the extra `onnx` for it.
+                the tokenizer; the server needs the extra `onnx` for it. Where adapters were trained (LoRA), these have
+                them merged into the model, and `peft` is the adapters alone, which PEFT and vLLM load beside it.
             model: which one, where the server trains several: its name, or its number from 1 on; by default the first.
 
         Returns:

@@ -21,7 +21,7 @@ _WAIT_S = 2.0  # that one request waits for the server to have the files ready; 
 _ARRIVING = ".part"  # ends the name of a file that has not arrived whole
 _MOST_RENEWALS = 3
 # Of a model that the folder held before: no file of it may be taken for one of the new model's.
-_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*")
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*", "adapter_*")
 
 Progress = Callable[[int, int], None]  # (bytes that are here, bytes in all)
 

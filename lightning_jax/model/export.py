@@ -1,4 +1,7 @@
-"""Writes models as Hugging Face folders, which transformers, vLLM, llama.cpp's converter and this package read."""
+"""Writes models as Hugging Face folders, which transformers, vLLM, llama.cpp's converter and this package read.
+
+Adapters are merged into the model before (`lora.merged_arrays`), or written alone, as PEFT has them.
+"""
 
 import contextlib
 import itertools
@@ -14,12 +17,13 @@ import numpy as np
 import safetensors.numpy
 
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.model.llama import Params, abstract_params
+from lightning_jax.model.llama import Params, abstract_params, adapter_names
+from lightning_jax.model.lora import TARGETS, Trainable
 from lightning_jax.model.weights import LAYER_NAMES, TOP_NAMES
 from lightning_jax.text.tokenizer import TOKENIZER_FILES
 
 MAX_SHARD_BYTES = 5_000_000_000
-_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*")
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*", "adapter_*")
 _DTYPE_NAMES = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float16): "float16",
@@ -65,6 +69,40 @@ def save_safetensors(
     """Writes the weights alone, under their Hugging Face names. Arguments as for `save_hf`."""
     with whole_folder(folder) as partial:
         _write_weights(partial, config, params, np.dtype(dtype), max_shard_bytes)
+
+
+def save_peft(folder: str | pathlib.Path, adapters: Params, trainable: Trainable, base: str) -> None:
+    """Writes adapters alone, as PEFT's `save_pretrained` does and vLLM reads them: float32.
+
+    Args:
+        folder: the folder to make; see `whole_folder`.
+        adapters: as `lora.trained_specs` describes them; NumPy arrays.
+        trainable: what they are.
+        base: path or name of the model that they belong to.
+    """
+    tensors = {}
+    for target in trainable.lora_targets:
+        module = LAYER_NAMES[TARGETS[target]].removesuffix(".weight")
+        a, b = (np.asarray(adapters["layers"][name], np.float32) for name in adapter_names(TARGETS[target]))
+        for layer, (a_l, b_l) in enumerate(zip(a, b, strict=True)):  # stored as [out, in], like every matrix
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a_l.reshape(-1, trainable.lora_rank).T)
+            tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b_l.reshape(trainable.lora_rank, -1).T)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": trainable.lora_rank,
+        "lora_alpha": trainable.lora_alpha,
+        "target_modules": list(trainable.lora_targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with whole_folder(folder) as partial:
+        safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(partial / "adapter_config.json", config)
 
 
 @contextlib.contextmanager

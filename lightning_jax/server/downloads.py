@@ -24,14 +24,14 @@ from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
-from lightning_jax.model import export, onnx_export
+from lightning_jax.model import export, llama, onnx_export
 from lightning_jax.policy import Policies, Policy
 from lightning_jax.server import wire
 from lightning_jax.store import UnknownError
 
 _log = logging.getLogger(__name__)
 
-FORMATS = ("huggingface", "safetensors", "onnx")
+FORMATS = ("huggingface", "safetensors", "onnx", "peft")
 INITIAL = "initial"  # the model as it was before training
 _KEEP_S = 900.0  # an export nobody reads goes after this time
 _SWEEP_S = 60.0
@@ -94,6 +94,11 @@ class Exports:
             checkpoint, model = above, last  # as a result of several models names each one's part
         policy = self._policy(model)
         path = self._resolve(checkpoint)
+        if format == "peft" and (path is None or not policy.trainable.lora_rank):
+            raise InvalidConfigError(
+                f"{checkpoint} of {policy.name} has no adapters to export as peft",
+                hint="they are in the checkpoints of a run with model.lora_rank; 'huggingface' is the whole model",
+            )
         stat = path.stat() if path else None
         made_of = (str(path), stat and (stat.st_mtime_ns, stat.st_ino), format, _dtype(policy, format).name)
         export_id = hashlib.sha256(repr((policy.name, *made_of)).encode()).hexdigest()[:16]
@@ -162,8 +167,17 @@ class Exports:
 
     def _make(self, item: Export) -> list[dict[str, Any]]:
         policy = self._policies[item.model]
-        dtype = _dtype(policy, item.format)
-        params = policy.read_weights(item.path, dtype, self._policies.checkpoint_item(item.model))
+        dtype, part = _dtype(policy, item.format), self._policies.checkpoint_item(item.model)
+        if item.format == "peft":
+            adapters = policy.read_trained(item.path, dtype, part)
+            export.save_peft(item.folder, adapters, policy.trainable, policy.origin["path"])
+        else:
+            self._make_model(item, policy, policy.read_weights(item.path, dtype, part), dtype)
+        names = sorted((file.name for file in item.folder.iterdir()), key=lambda name: (_RANK.get(name, 0), name))
+        return [_described(item.folder / name) for name in names]
+
+    @staticmethod
+    def _make_model(item: Export, policy: Policy, params: llama.Params, dtype: np.dtype) -> None:
         if item.format == "safetensors":
             export.save_safetensors(item.folder, policy.config, params, dtype)
         elif item.format == "huggingface":
@@ -172,8 +186,6 @@ class Exports:
             onnx_export.save_onnx(item.folder, policy.config, params)
         if item.format != "safetensors":
             policy.tokenizer.save(item.folder)
-        names = sorted((file.name for file in item.folder.iterdir()), key=lambda name: (_RANK.get(name, 0), name))
-        return [_described(item.folder / name) for name in names]
 
     def _explained(self, item: Export, error: BaseException) -> BaseException:
         if item.path is not None and not item.path.exists():
@@ -198,12 +210,12 @@ class Exports:
 
 
 def _dtype(policy: Policy, format: str) -> np.dtype:
-    """What the sampler computes in; for ONNX float32, the one type that every runtime has every kernel for."""
-    return np.dtype(np.float32) if format == "onnx" else np.dtype(policy.dtype)
+    """What the sampler computes in. Float32 for adapters, and for ONNX: every runtime has every kernel for that."""
+    return np.dtype(np.float32) if format in ("onnx", "peft") else np.dtype(policy.dtype)
 
 
 # A folder without these is not yet a model to anybody.
-_RANK = {"model.safetensors.index.json": 1, "model.onnx": 1, "config.json": 2}
+_RANK = {"model.safetensors.index.json": 1, "model.onnx": 1, "config.json": 2, "adapter_config.json": 2}
 
 
 def _described(file: pathlib.Path) -> dict[str, Any]:

@@ -220,7 +220,12 @@ def completions(tmp_path: Path, line: str) -> set[str]:
 def test_bash_completes_commands_options_and_choices(tmp_path):
     assert {"server", "data", "train", "evaluate", "model", "doctor"} <= completions(tmp_path, "agent-lightning ")
     assert "--agent-script" in completions(tmp_path, "agent-lightning train --")
-    assert completions(tmp_path, "agent-lightning model download --format ") == {"huggingface", "onnx", "safetensors"}
+    assert completions(tmp_path, "agent-lightning model download --format ") == {
+        "huggingface",
+        "onnx",
+        "peft",
+        "safetensors",
+    }
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

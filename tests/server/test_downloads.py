@@ -119,7 +119,8 @@ def test_what_there_is_not(trained, tmp_path):
         for asked, text in [
             ({"checkpoint": "step-7"}, "step-1, step-2, latest"),
             ({"checkpoint": "best"}, "held-out"),
-            ({"format": "gguf"}, "huggingface, safetensors, onnx"),
+            ({"format": "gguf"}, "huggingface, safetensors, onnx, peft"),
+            ({"format": "peft"}, "has no adapters"),
         ]:
             with pytest.raises(InvalidConfigError, match=text):
                 client.download_model(tmp_path / "model", **asked)
