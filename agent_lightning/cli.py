@@ -221,7 +221,7 @@ def print_completion(options: argparse.Namespace) -> None:
 def _client(options: argparse.Namespace):
     from agent_lightning.client import Client
 
-    return Client(options.server_url, api_key=options.api_key)
+    return Client(options.server_url, api_key=options.api_key, ray_address=getattr(options, "ray_address", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,6 +357,9 @@ def _add_agent(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--rollout-timeout", type=float, metavar="SECONDS", help="of one call of the agent (default: the server's)"
+    )
+    command.add_argument(
+        "--ray-address", metavar="ADDRESS", help="run the workers on this Ray cluster, `auto` for this machine's"
     )
 
 

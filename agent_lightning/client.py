@@ -30,6 +30,9 @@ class Client:
         max_retries: how often one HTTP request is tried again; by default LIGHTNING_MAX_RETRIES, or 3.
         verify_ssl: whether the server's certificate is checked.
         api_key: by default AGENT_LIGHTNING_API_KEY.
+        ray_address: workers run on the nodes of this Ray cluster instead of this machine; "auto" is the cluster that
+            this machine belongs to. The server's URL must lead to it from every node; a script must lie at the same
+            path on each, whereas a function travels by itself. Needs the extra `ray`.
 
     Raises:
         InvalidConfigError: no URL, or a bad setting. Nothing is sent before a method is called.
@@ -42,6 +45,7 @@ class Client:
         max_retries: int | None = None,
         verify_ssl: bool = True,
         api_key: str | None = None,
+        ray_address: str | None = None,
     ):
         self.server_url = settings.server_url(server_url)
         self._connection = {
@@ -52,6 +56,7 @@ class Client:
         }
         self._transport = Transport(self.server_url, **self._connection)
         self._data_id: str | None = None
+        self._ray_address = ray_address
 
     def upload_data(self, train_file: str, test_file: str | None = None, data_id: str | None = None) -> str:
         """Uploads JSONL files, one task a line, of any size: neither side holds them in memory.
@@ -308,8 +313,15 @@ class Client:
         job = Job(self._transport, title, spec)
 
         def make_pool(on_output) -> Pool:
-            workers = choose_nworkers(nworkers, most=job.rollouts_at_once)
-            return Pool(self.server_url, job.job_id, source, workers, on_output=on_output, **self._connection)
+            most, connection = job.rollouts_at_once, self._connection
+            if self._ray_address is None:
+                workers = choose_nworkers(nworkers, most=most)
+                return Pool(self.server_url, job.job_id, source, workers, on_output=on_output, **connection)
+            from agent_lightning import ray_pool
+
+            if (workers := nworkers) == -1:
+                workers = min(most, WORKERS_PER_CORE * ray_pool.cpus(self._ray_address))
+            return ray_pool.RayPool(self._ray_address, self.server_url, job.job_id, source, workers, **connection)
 
         return job.run(make_pool, copies)
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agent_lightning import settings
@@ -59,6 +59,7 @@ class Pool:
             server within that time goes unnoticed.
         start_timeout_s: seconds that a worker may take to load the agent.
         on_output: called with (worker id, whole lines) for what agents print; by default they go to stderr.
+        worker_ids: the workers' numbers, `nworkers` of them; by default from 0 on.
 
     Raises:
         InvalidConfigError: `nworkers`, or an agent that cannot be sent to workers.
@@ -78,10 +79,12 @@ class Pool:
         give_up_s: float = 300.0,
         start_timeout_s: float = 300.0,
         on_output: Callable[[int, str], None] | None = None,
+        worker_ids: Sequence[int] | None = None,
     ):
         if nworkers < 1:
             raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes from 1 on")
         self._server_url, self._nworkers = server_url, nworkers
+        self._worker_ids = range(nworkers) if worker_ids is None else worker_ids
         self._agent = agent if isinstance(agent, dict) else pack_agent(agent)
         self._start_timeout_s, self._verify_ssl = start_timeout_s, verify_ssl
         self._on_output = on_output or _print_output
@@ -166,7 +169,7 @@ class Pool:
     def _start_workers(self) -> None:
         """Starts workers that are missing, a core's worth at a time so that the first are ready early."""
         starting = sum(worker.state is State.STARTING for worker in self._workers.values())
-        for worker_id in range(self._nworkers):
+        for worker_id in self._worker_ids:
             if starting >= (os.cpu_count() or 1):
                 return
             if worker_id in self._workers:
