@@ -41,6 +41,7 @@ def of_each(config: config_dict.ConfigDict) -> dict[str, config_dict.ConfigDict]
         own[name].model.update(entry)
         if learning_rate is not None:
             own[name].algorithm.learning_rate = learning_rate
+            own[name].algorithm.actor_lr = None  # which would count for more
     return own
 
 

@@ -30,6 +30,7 @@ def _is_pattern(text: str) -> bool:
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _POSITIVE = Rule(lambda v: v > 0, "greater than 0")
 _DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
+_FRACTION = Rule(lambda v: 0 <= v <= 1, "between 0 and 1")
 _POWER_OF_TWO = Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
 RULES = {
     "mode": _one_of("serve", "train", "evaluate", "plan"),
@@ -45,12 +46,19 @@ RULES = {
         f"'all-linear' or some of {', '.join(LORA_TARGETS)}, with commas between them",
     ),
     "model.frozen": Rule(_is_pattern, "a regular expression"),
-    "algorithm.name": _one_of("grpo"),
+    "algorithm.name": _one_of("grpo", "ppo"),
     "algorithm.credit": _one_of("trajectory", "step"),
     "algorithm.adam_b1": _DECAY,
     "algorithm.adam_b2": _DECAY,
     "algorithm.max_grad_norm": _POSITIVE,
     "algorithm.clip_range": Rule(lambda v: 0 < v < 1, "between 0 and 1"),
+    "algorithm.actor_lr": _at_least(0),
+    "algorithm.critic_lr": _at_least(0),
+    "algorithm.critic": _one_of("copy", "shared"),
+    "algorithm.critic_warmup": _at_least(0),
+    "algorithm.gamma": _FRACTION,
+    "algorithm.gae_lambda": _FRACTION,
+    "algorithm.value_clip": _POSITIVE,
     "runtime.remat": _one_of("none", "dots", "full"),
     "sampler.page_size": _POWER_OF_TWO,
     "sampler.prefill_chunk": _POWER_OF_TWO,
@@ -62,7 +70,11 @@ RULES = {
 }
 _SMALLEST = {  # section -> smallest value -> names
     "model": {0: "lora_rank", 1: "tensor_parallel"},
-    "algorithm": {0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef", 2: "group_size"},
+    "algorithm": {
+        0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef",
+        1: "ppo_epochs mini_batches",
+        2: "group_size",
+    },
     "runtime": {
         0: "total_steps eval_interval checkpoint_interval max_to_keep",
         1: "gradient_accumulation epochs",

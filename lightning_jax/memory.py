@@ -24,7 +24,7 @@ from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention, llama, lora, weights
 from lightning_jax.model.config import LlamaConfig
 from lightning_jax.policy import compute_dtype, learner_settings, mesh_sizes
-from lightning_jax.rl import losses, packing
+from lightning_jax.rl import critic, losses, packing
 from lightning_jax.rl.update import LearnerSettings
 from lightning_jax.sampler import kv_cache
 
@@ -44,6 +44,7 @@ class Need:
         kv_cache: pages, and on CPU the dense copy that decoding works on.
         sampling: what a dispatch works with, about.
         masters, optimizer, reference, gradients: the learner's; the reference's weights that do not learn are `frozen`.
+        critic: its weights that learn and their moments; its gradients come and go before the policy's.
         update: what the largest micro-batch works with, about: its own gradients, activations, logits.
     """
 
@@ -57,6 +58,7 @@ class Need:
     optimizer: int
     reference: int
     gradients: int
+    critic: int
     update: int
 
     def beside(self, other: "Need") -> "Need":
@@ -73,13 +75,13 @@ class Need:
     @property
     def training(self) -> int:
         """To train, before the first token of an update is counted; the learner is made while `loaded` is there."""
-        learner = self.frozen + self.masters + self.optimizer + self.reference
+        learner = self.frozen + self.masters + self.optimizer + self.reference + self.critic
         return self.process + self.sampler + self.kv_cache + learner + max(self.loaded, self.gradients)
 
     @property
     def peak(self) -> int:
         """To train when every conversation is as long as it may be."""
-        learner = self.frozen + self.masters + self.optimizer + self.reference + self.gradients
+        learner = self.frozen + self.masters + self.optimizer + self.reference + self.critic + self.gradients
         return max(self.training, self.process + self.sampler + self.kv_cache + learner + self.update)
 
 
@@ -108,6 +110,7 @@ def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict, num_device
         optimizer=2 * masters,
         reference=_bytes(learned, dtype, sizes) if learner.kl_coef else 0,
         gradients=masters,
+        critic=3 * _bytes(critic.abstract_params(model, learner), jnp.dtype("float32"), sizes) if learner.critic else 0,
         update=_update_bytes(model, learner, max_seq_len, sizes),
     )
 
@@ -309,6 +312,7 @@ class Plan:
             ("what learns, float32", need.masters),
             ("Adam's moments, float32", need.optimizer),
             ("gradients, float32", need.gradients),
+            ("critic and its moments, float32", need.critic),
             (f"reference for the KL term, {dtype}", need.reference),
             ("largest micro-batch, about", need.update),
         ]

@@ -21,7 +21,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config_models, utilization
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora, weights
-from lightning_jax.rl import algorithms, checkpoint
+from lightning_jax.rl import algorithms, checkpoint, critic
 from lightning_jax.rl import learner as learner_lib
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import TrainState
@@ -235,7 +235,7 @@ class Policy:
 
     def learn(self, rows: Sequence[Row], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
         """One update, see `algorithms.Step` and `Learner.update`; the engine goes on with the weights it has."""
-        step = algorithms.Step(rows, return_n, group_n, self._learner.score)
+        step = algorithms.Step(rows, return_n, group_n, self._learner.score, self._learner.values)
         return self._learner.update(*algorithms.prepare(algorithms.settings_of(self._settings), step))
 
     def publish(self, version: int) -> float:
@@ -430,20 +430,19 @@ def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> lea
     """What the configuration says of updates."""
     a, r = config.algorithm, config.runtime
     return learner_lib.LearnerSettings(
-        learning_rate=a.learning_rate,
+        learning_rate=a.learning_rate if a.actor_lr is None else a.actor_lr,
         kl_coef=a.kl_coef,
         clip_low=a.clip_range,
         clip_high=a.clip_range,
         entropy_coef=a.entropy_coef,
-        max_grad_norm=a.max_grad_norm,
-        weight_decay=a.weight_decay,
-        adam_b1=a.adam_b1,
-        adam_b2=a.adam_b2,
-        warmup_steps=a.warmup_steps,
+        **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2", "warmup_steps")},
+        epochs=a.ppo_epochs,
+        optimizer_steps=a.mini_batches,
         gradient_accumulation=r.gradient_accumulation,
         batch_size=r.batch_size,
         max_seq_len=r.max_seq_len,
         remat=None if r.remat == "none" else r.remat,
         compute_dtype=dtype.name,
         trainable=lora.Trainable.of(config.model),
+        **critic.settings_of(a),
     )

@@ -13,7 +13,7 @@ from lightning_jax import config as config_lib
 from lightning_jax import memory
 from lightning_jax.model import llama, lora, shapes
 from lightning_jax.policy import Policies, learner_settings
-from lightning_jax.rl import update
+from lightning_jax.rl import critic, update
 from lightning_jax.rl.packing import Batch
 
 LLAMA_3B = shapes.named_shape("llama3.2-3b")
@@ -122,6 +122,17 @@ def test_adapters_need_a_fraction():
     assert need.frozen == need.sampler == full.masters // 2
     kept = [n.training - n.kv_cache - n.process for n in (need, full)]
     assert kept[0] < 0.25 * kept[1]
+
+
+@pytest.mark.parametrize("kind", ["copy", "shared"])
+def test_a_critic_is_exact(kind):
+    config = settings(algorithm__name="ppo", algorithm__critic=kind)
+    params = jax.eval_shape(functools.partial(llama.init_params, TINY), jax.random.key(0))
+    init = functools.partial(critic.init_state, learner_settings(config, jnp.dtype("float32")), TINY)
+    made = jax.eval_shape(init, params)
+    need = memory.estimate(TINY, config)
+    assert need.critic == pytest.approx(sum(leaf.size * 4 for leaf in jax.tree.leaves(made)), abs=64)
+    assert need.peak - memory.estimate(TINY, settings()).peak == need.critic
 
 
 def test_devices_share_what_divides():

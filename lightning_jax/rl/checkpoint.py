@@ -6,6 +6,7 @@ symlink `latest` is swapped. A process killed at any moment, or a disk that fill
 
     checkpoints/step-20/params      float32 masters of what learns, restorable alone (serving) and on any mesh
                         optimizer   optimizer state and step
+                        critic      where there is one: its parameters, optimizer state and counters
                         extra       JSON: data position, seed, history, whatever the loop needs to go on
     checkpoints/latest -> step-20
     checkpoints/best   -> step-10       of the newest job, by held-out reward; not there without held-out tasks
@@ -163,13 +164,23 @@ def restore(
     """
     found = _find(path, item)
     _check_shapes(found, abstract_state.params)
+    wanted = abstract_state.critic
+    if wanted is not None and not (found / "critic").is_dir():
+        raise InvalidConfigError(
+            f"checkpoint {found} holds no critic, which algorithm.name 'ppo' needs",
+            hint="resume with the algorithm it was made with, or choose another workdir",
+        )
+    if wanted is not None:
+        _check_shapes(found, wanted.params, "critic", "params")
     items = _restore(
         found,
         params=ocp.args.StandardRestore(abstract_state.params),
         optimizer=ocp.args.StandardRestore({"opt_state": abstract_state.opt_state, "step": abstract_state.step}),
+        **({} if wanted is None else {"critic": ocp.args.StandardRestore(wanted)}),
         extra=ocp.args.JsonRestore(),
     )
-    return TrainState(params=items.params, **items.optimizer), items.extra
+    critic = None if wanted is None else items.critic
+    return TrainState(params=items.params, critic=critic, **items.optimizer), items.extra
 
 
 def restore_params(path: str | os.PathLike, abstract_params: Any, *, item: str | None = None) -> Any:
@@ -188,6 +199,7 @@ def _saved(state: TrainState, extra: dict[str, Any]) -> ocp.args.Composite:
     return ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+        **({} if state.critic is None else {"critic": ocp.args.StandardSave(state.critic)}),
         extra=ocp.args.JsonSave(extra),
     )
 
@@ -208,13 +220,14 @@ def _find(path: str | os.PathLike, item: str | None = None) -> Path:
     return part
 
 
-def _check_shapes(found: Path, abstract_params: Any) -> None:
+def _check_shapes(found: Path, abstract_params: Any, item: str = "params", part: str | None = None) -> None:
     """Raises where another model's parameters are stored; Orbax would say so too, but only in the middle of reading."""
 
     def shapes(tree: Any) -> set[tuple[str, tuple[int, ...]]]:
         return {(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree)}
 
-    stored = shapes(ocp.StandardCheckpointHandler().metadata(found / "params").tree)
+    tree = ocp.StandardCheckpointHandler().metadata(found / item).tree
+    stored = shapes(tree[part] if part else tree)
     wanted = shapes(abstract_params)
     if stored != wanted:
         raise InvalidConfigError(

@@ -12,6 +12,9 @@ The neighbour is DeepSeekMath's process supervision (section 4.1.3), which norma
 same way and sums afterwards, so that a trajectory with more rewarded steps has larger advantages; here the
 normalisation comes last, and advantages keep unit variance whatever the number of steps. With one transition in each
 trajectory `step` and `trajectory` are the same.
+
+With a critic (PPO) it is tokens that are credited, along their row (`gae.py`), and `seen_rewards` says with what, where
+a trajectory has several rows.
 """
 
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_jax.rl import advantages
+from lightning_jax.rl.trajectory import Row
 
 
 def transition_rewards(call_rewards: Sequence[float], agent_return: float) -> np.ndarray:
@@ -53,3 +57,29 @@ def step_advantages(
             for n, advantage_j in zip(members, np.split(normalised, ends), strict=True):
                 result[n][:] = advantage_j
     return result
+
+
+def seen_rewards(rows: Sequence[Row]) -> list[np.ndarray]:
+    """For each row [T] float64, the rewards of its rollout where the row's tokens meet them.
+
+    To a row, the calls of its rollout that are in other rows are a part of the world: what such a call earned comes at
+    the end of the row's last call before it. So the sum of rewards from a call on is the same G_ij as `step` has, and
+    where an agent rewrites its history, and each call is a row of its own, every call is paid by what came of it.
+
+    Args:
+        rows: of whole rollouts, in any order.
+    """
+    earned: dict[int, dict[int, float]] = {}  # rollout -> call -> reward
+    for row in rows:
+        of_rollout = earned.setdefault(row.rollout_index, {})
+        for call in np.unique(row.call[row.loss_mask]).tolist():
+            of_rollout[call] = float(row.reward[row.call == call].sum(dtype=np.float64))
+    seen = []
+    for row in rows:
+        reward_t = np.where(row.loss_mask, row.reward, 0.0).astype(np.float64)
+        calls = np.unique(row.call[row.loss_mask]).tolist()
+        for call, following in zip(calls, [*calls[1:], np.inf], strict=True):
+            between = sum(reward for k, reward in earned[row.rollout_index].items() if call < k < following)
+            reward_t[np.flatnonzero(row.call == call)[-1]] += between
+        seen.append(reward_t)
+    return seen

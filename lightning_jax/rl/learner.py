@@ -3,12 +3,14 @@
 1. `Learner.update` packs the rows into blocks and divides them into micro-batches of few different shapes.
 2. `update.accumulate` sums up the micro-batches' gradients on the device.
 3. `update.apply` takes the optimizer step, and the host reads the metrics: one synchronisation per update.
+
+Where there is a critic it takes its own optimizer steps first, over the same micro-batches (`critic.py`).
 """
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ import numpy as np
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
-from lightning_jax.rl import packing, update
+from lightning_jax.rl import critic, gae, packing, update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import LearnerSettings, TrainState
@@ -94,6 +96,12 @@ class Learner:
             self.state = init_state(self._place(trained, "float32"))
         totals_sharding = update.Totals(self._trained_sharding, self._scalar_sharding, self._scalar_sharding)
         self._zero_totals = jax.jit(update.zero_totals, out_shardings=totals_sharding)
+        if settings.critic:
+            created = critic.create(config, settings, self.state.params, mesh)
+            self.state = self.state.replace(critic=created)
+            shardings = jax.tree.map(lambda x: x.sharding, created.params)
+            totals_sharding = critic.CriticTotals(shardings, self._scalar_sharding, self._scalar_sharding)
+            self._zero_critic_totals = jax.jit(critic.zero_totals, out_shardings=totals_sharding)
 
     @property
     def params(self) -> llama.Params:
@@ -106,54 +114,70 @@ class Learner:
 
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         """What the models, as they are now, say of each row; in the programs' shapes of an update with these rows."""
+        statics = {"config": self.config, "settings": self.settings}
+
+        def logprobs(params: llama.Params, frozen: llama.Params | None) -> list[np.ndarray]:
+            return self._of_rows(rows, lambda batch: update.policy_logprobs(params, batch, frozen, **statics)[0])
+
+        own = logprobs(self.state.params, self.frozen)
+        references = [None] * len(rows) if self._reference is None else logprobs(self._reference, None)
+        return [Scores(*of_row) for of_row in zip(own, references, strict=True)]
+
+    def values(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """[T] float32 for each row: the critic's value of each token's state; see `critic.py`."""
+        statics = {"config": self.config, "settings": self.settings}
+        models = self.state.critic.params, self.state.params
+        return self._of_rows(rows, lambda batch: critic.token_values(*models, batch, self.frozen, **statics))
+
+    def _of_rows(self, rows: Sequence[Row], score: Callable[[Batch], jax.Array]) -> list[np.ndarray]:
+        """[T] float32 for each row of a function that gives [B, T] for a micro-batch."""
         if not rows:
             return []
         steps = self._divide(rows, np.zeros(1 + max(row.rollout_index for row in rows), np.float32))
         places = packing.place(rows, steps[0][0].token_bt.shape[1])
         per_step = -(-(1 + max(block for block, _ in places)) // self.settings.optimizer_steps)
-        statics = {"config": self.config, "settings": self.settings}
-
-        def of_rows(params: llama.Params, frozen: llama.Params | None) -> list[np.ndarray]:
-            scored = [
-                [update.policy_logprobs(params, self._put(batch), frozen, **statics)[0] for batch in step]
-                for step in steps
-            ]
-            # A step's last micro-batch may be filled up behind the step's own blocks.
-            logprob_bt = np.concatenate([np.concatenate(jax.device_get(parts))[:per_step] for parts in scored])
-            return [logprob_bt[place] for place in places]
-
         with mesh_lib.current(self._mesh):
-            logprobs = of_rows(self.state.params, self.frozen)
-            references = [None] * len(rows) if self._reference is None else of_rows(self._reference, None)
-        return [Scores(*of_row) for of_row in zip(logprobs, references, strict=True)]
+            scored = [[score(self._put(batch)) for batch in step] for step in steps]
+        # A step's last micro-batch may be filled up behind the step's own blocks.
+        score_bt = np.concatenate([np.concatenate(jax.device_get(parts))[:per_step] for parts in scored])
+        return [score_bt[place] for place in places]
 
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
-        """One policy update (`settings.optimizer_steps` optimizer steps). Without rows nothing happens.
+        """One policy update (`settings.epochs` x `settings.optimizer_steps` steps). Without rows nothing happens.
 
         The policy that sampled is taken to be the one the update begins with. Its log-probs are `Row.old_logprob`, or
         are computed here, so that the sampler's rounding has no part in the curve. The recorded ones are compared with
         them in `policy/sampler_learner_logprob_diff`, where they are of the same distribution (`Row.on_policy`).
+
+        A critic learns first, from `Row.value` and `Row.value_target`, and alone in its first `critic_warmup` updates.
 
         Args:
             rows: of the rollouts to train on (see `advantages.trained_rollouts`), in any order.
             advantage_n: [N] float32, by `Row.rollout_index`, for rows that bring no advantages of their own.
 
         Returns:
-            Metrics by name; means are over sampled tokens. "policy/kl" is there when there is a reference.
+            Metrics by name; means are over sampled tokens. "policy/kl" is there when there is a reference, no "policy/"
+            where the policy did not learn, and "critic/" where there is a critic.
         """
         if not rows:
             return {"train/tokens": 0, "train/sampled_tokens": 0}
-        if self.settings.optimizer_steps > 1 and rows[0].old_logprob is None:
+        is_warmup = self.state.critic is not None and int(self.state.critic.updates) < self.settings.critic_warmup
+        if self.settings.epochs * self.settings.optimizer_steps > 1 and rows[0].old_logprob is None and not is_warmup:
             scores = self.score(rows)  # a single step's own forward pass gives them
             rows = [
                 dataclasses.replace(row, old_logprob=score.logprob) for row, score in zip(rows, scores, strict=True)
             ]
         steps = self._divide(rows, advantage_n)
+        metrics = {}
         with mesh_lib.current(self._mesh):
-            step_metrics = jax.device_get(self._optimizer_steps(steps))
-        metrics = _metrics(step_metrics, has_reference=self._reference is not None)
-        if skipped := metrics["policy/skipped_steps"]:
-            _log.warning("%d of %d optimizer steps skipped: the gradient was not finite", skipped, len(steps))
+            if self.state.critic is not None:
+                metrics |= _critic_metrics(jax.device_get(self._critic_steps(steps)), rows)
+            if not is_warmup:
+                taken = jax.device_get(self._optimizer_steps(steps))
+                metrics |= _metrics(taken, has_reference=self._reference is not None)
+        for name in ("policy", "critic"):
+            if skipped := metrics.get(f"{name}/skipped_steps"):
+                _log.warning("%d optimizer steps of the %s skipped: the gradient was not finite", skipped, name)
 
         tokens = sum(len(row) for row in rows)
         places = sum(batch.token_bt.size for batches in steps for batch in batches)
@@ -182,9 +206,8 @@ class Learner:
         """Takes them all; their metrics stay on the device."""
         statics = {"config": self.config, "settings": self.settings}
         metrics = []
-        for batches in steps:
-            num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
-            num_tokens = jax.device_put(num_tokens, self._scalar_sharding)
+        for batches in steps * self.settings.epochs:
+            num_tokens = self._num_tokens(batches)
             totals = self._zero_totals(self.state.params)
             for batch in batches:
                 totals = update.accumulate(
@@ -197,9 +220,35 @@ class Learner:
                     mesh=self._mesh,
                     **statics,
                 )
-            self.state, step_metrics = update.apply(self.state, totals, num_tokens, mesh=self._mesh, **statics)
+            beside = self.state.critic
+            state, step_metrics = update.apply(
+                self.state.replace(critic=None), totals, num_tokens, mesh=self._mesh, **statics
+            )
+            self.state = state.replace(critic=beside)
             metrics.append(step_metrics)
         return metrics
+
+    def _critic_steps(self, steps: list[list[Batch]]) -> list[dict[str, jax.Array]]:
+        """The critic's, on the policy as it is; their metrics stay on the device."""
+        statics = {"config": self.config, "settings": self.settings, "mesh": self._mesh}
+        state, metrics = self.state.critic, []
+        updates = jax.device_put(np.int32(int(state.updates) + 1), self._scalar_sharding)
+        for batches in steps * self.settings.epochs:
+            num_tokens = self._num_tokens(batches)
+            totals = self._zero_critic_totals(state.params)
+            for batch in batches:
+                totals = critic.accumulate(
+                    totals, state.params, self.state.params, self._put(batch), num_tokens, self.frozen, **statics
+                )
+            state, step_metrics = critic.apply(state, totals, num_tokens, **statics)
+            metrics.append(step_metrics)
+        self.state = self.state.replace(critic=state.replace(updates=updates))
+        return metrics
+
+    def _num_tokens(self, batches: list[Batch]) -> jax.Array:
+        """Loss tokens of an optimizer step."""
+        num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
+        return jax.device_put(num_tokens, self._scalar_sharding)
 
     def _put(self, batch: Batch) -> Batch:
         """To the device, or spread over the mesh's batch axes."""
@@ -249,4 +298,22 @@ def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dic
         metrics["policy/sampler_learner_logprob_diff_max"] = column("logprob_diff_max").max()
     if has_reference:
         metrics["policy/kl"] = column("kl").sum() / num_tokens
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _critic_metrics(steps: Sequence[dict[str, np.ndarray]], rows: Sequence[Row]) -> dict[str, float]:
+    """The critic's metrics from those of its optimizer steps, and from the values that it had before them."""
+    num_tokens = sum(float(step["num_tokens"]) for step in steps)
+    value_m = np.concatenate([row.value[row.loss_mask] for row in rows]).astype(np.float64)
+    target_m = np.concatenate([row.value_target[row.loss_mask] for row in rows]).astype(np.float64)
+    metrics = {
+        "critic/value_loss": np.mean([step["loss"] for step in steps]),
+        "critic/clip_fraction": sum(float(step["clipped"]) for step in steps) / num_tokens,
+        "critic/grad_norm": np.mean([step["grad_norm"] for step in steps]),
+        "critic/learning_rate": steps[-1]["learning_rate"],
+        "critic/skipped_steps": sum(float(step["skipped"]) for step in steps),
+        "critic/value_mean": value_m.mean(),
+        "critic/return_mean": target_m.mean(),
+        "critic/explained_variance": gae.explained_variance(value_m, target_m),
+    }
     return {name: float(value) for name, value in metrics.items()}

@@ -26,7 +26,9 @@ class Batch:
     sampler_logprob_bt: jax.Array  # float32, nats; 0 where loss_mask_bt is False
     temperature_bt: jax.Array  # float32; 1 where loss_mask_bt is False
     on_policy_bt: jax.Array  # bool, see `trajectory.Row`; True in padding
-    old_logprob_bt: jax.Array | None = None  # float32, nats; where the rows have it
+    old_logprob_bt: jax.Array | None = None  # float32, nats; where the rows have it, like the two below
+    value_bt: jax.Array | None = None  # float32, see `trajectory.Row`
+    value_target_bt: jax.Array | None = None  # float32
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:
@@ -35,7 +37,7 @@ def block_length(longest: int, *, minimum: int = 256) -> int:
 
 
 # The arrays of a `Row` that a batch has where its rows have them.
-OPTIONAL = {"old_logprob_bt": "old_logprob"}
+OPTIONAL = {"old_logprob_bt": "old_logprob", "value_bt": "value", "value_target_bt": "value_target"}
 
 
 def place(rows: Sequence[Row], length: int) -> list[tuple[int, slice]]:

@@ -62,6 +62,8 @@ class Row:
         advantage: float32, 0 where `loss_mask` is False; None where the rollout's advantage is every token's.
         old_logprob: float32, nats, of the policy that the update begins with (`Learner.score`); 0 where `loss_mask` is
             False; None to have the update compute it.
+        value: float32, of the state in which each token was sampled (`Learner.values`); None without a critic.
+        value_target: float32, the return that the critic is to learn; None without one.
     """
 
     token_ids: np.ndarray
@@ -74,6 +76,8 @@ class Row:
     reward: np.ndarray | None = None
     advantage: np.ndarray | None = None
     old_logprob: np.ndarray | None = None
+    value: np.ndarray | None = None
+    value_target: np.ndarray | None = None
 
     def __post_init__(self):
         if self.on_policy is None:

@@ -35,7 +35,8 @@ class LearnerSettings:
         max_grad_norm: the gradient is scaled down to this global norm; None to leave it.
         weight_decay: AdamW's, on matrices (not on norms and biases).
         warmup_steps: optimizer steps over which the learning rate rises to `learning_rate`, linearly.
-        optimizer_steps: parts that an update's blocks are divided into, with an optimizer step for each.
+        epochs: passes that an update makes over its rows.
+        optimizer_steps: parts that an update's blocks are divided into, with an optimizer step for each in each pass.
         gradient_accumulation: micro-batches of an optimizer step; more, when rows are more than `batch_size`.
         batch_size: rows that one update is expected to have, and `max_seq_len` the tokens of the longest; with
             `gradient_accumulation` they bound the memory of a micro-batch.
@@ -43,6 +44,10 @@ class LearnerSettings:
         remat: what the backward pass keeps of each layer, see `llama.REMAT_POLICIES`; None for everything.
         compute_dtype: "float32" or "bfloat16".
         trainable: what learns.
+        critic: one of `critic.KINDS`, or None for no critic.
+        critic_lr: its learning rate.
+        critic_warmup: first updates, in which it learns alone.
+        value_clip: how far a value may go from the old one in an update, in units of reward; None for any way.
     """
 
     learning_rate: float = 5e-7
@@ -55,6 +60,7 @@ class LearnerSettings:
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     warmup_steps: int = 0
+    epochs: int = 1
     optimizer_steps: int = 1
     gradient_accumulation: int = 1
     batch_size: int = 256
@@ -63,6 +69,10 @@ class LearnerSettings:
     remat: str | None = None
     compute_dtype: str = "float32"
     trainable: lora.Trainable = lora.Trainable()
+    critic: str | None = None
+    critic_lr: float = 1e-5
+    critic_warmup: int = 0
+    value_clip: float | None = None
 
     def most_blocks(self, length: int) -> int:
         """The most blocks of `length` tokens that a micro-batch has."""
@@ -76,6 +86,7 @@ class TrainState:
     params: llama.Params  # what learns: float32, stacked layers
     opt_state: optax.OptState
     step: jax.Array  # int32, optimizer steps taken
+    critic: Any = None  # `critic.CriticState`, where there is one; `apply` takes and gives the rest
 
 
 @flax.struct.dataclass
@@ -194,7 +205,7 @@ def apply(
         **totals.maxima,
         "num_tokens": num_tokens,
         "grad_norm": grad_norm,
-        "learning_rate": _learning_rate(settings)(state.step),
+        "learning_rate": learning_rate(settings)(state.step),
         "skipped": 1.0 - finite,
     }
 
@@ -202,7 +213,7 @@ def apply(
 def make_optimizer(settings: LearnerSettings) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) behind clipping by global norm."""
     adamw = optax.adamw(
-        _learning_rate(settings),
+        learning_rate(settings),
         b1=settings.adam_b1,
         b2=settings.adam_b2,
         weight_decay=settings.weight_decay,
@@ -213,7 +224,7 @@ def make_optimizer(settings: LearnerSettings) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
 
 
-def _learning_rate(settings: LearnerSettings) -> optax.Schedule:
+def learning_rate(settings: LearnerSettings) -> optax.Schedule:
     """Linear warm-up whose first step already moves, then constant."""
     if not settings.warmup_steps:
         return optax.constant_schedule(settings.learning_rate)

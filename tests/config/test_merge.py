@@ -116,10 +116,13 @@ def test_every_variable_stands_between_flag_and_yaml(tmp_path, name, key, values
     assert dict(config_lib.flatten(config_lib.merge(**sources)))[key] == in_yaml
 
 
-@pytest.mark.parametrize("name", ["ppo", "reinforce++"])
-def test_the_algorithms_to_come_are_named_as_such(name):
-    error = error_of(environ={"LIGHTNING_RL_ALGORITHM": name})
-    assert f"{name!r} is not there yet (environment variable LIGHTNING_RL_ALGORITHM)" in error and "'grpo'" in error
+def test_the_algorithms_to_come_are_named_as_such():
+    error = error_of(environ={"LIGHTNING_RL_ALGORITHM": "reinforce++"})
+    assert "'reinforce++' is not there yet (environment variable LIGHTNING_RL_ALGORITHM)" in error and "'grpo'" in error
+
+
+def test_ppo_credits_by_its_critic():
+    assert "has those of its critic" in error_of(flag_overrides={"algorithm.name": "ppo", "algorithm.credit": "step"})
 
 
 def test_a_later_source_mends_an_earlier_ones_bad_combination():
@@ -141,7 +144,7 @@ def test_a_later_source_mends_an_earlier_ones_bad_combination():
         ("runtime: 4\n", 1, "runtime is a section"),
         ("algorithm:\n  kl_coef: .nan\n", 2, "algorithm.kl_coef must be a number"),
         ("algorithm:\n  kl_coef: -1\n", 2, "algorithm.kl_coef must be at least 0, not -1.0"),
-        ("algorithm:\n  name: grppo\n", 2, "algorithm.name must be 'grpo'"),
+        ("algorithm:\n  name: grppo\n", 2, "algorithm.name must be one of 'grpo', 'ppo', not 'grppo'"),
         ("algorithm:\n  critic_lr: 1e-5\n", 2, "algorithm.critic_lr is PPO's"),
         ("sampler:\n  honor_agent_sampling: maybe\n", 2, "sampler.honor_agent_sampling must be true or false"),
         ("seed: 1\nseed: 2\n", None, "seed is given twice"),

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from agent_lightning import InvalidConfigError
-from lightning_jax import config
+from lightning_jax import config, policy
+from lightning_jax.rl import algorithms
 
 from .conftest import ROOT
 
@@ -70,6 +72,17 @@ def test_server_configuration(tmp_path):
 def test_grpo_configuration():
     merged = config.merge(environ={}, flag_overrides={f"algorithm.{key}": value for key, value in grpo_config.items()})
     assert {key: merged.algorithm[key] for key in grpo_config} == grpo_config
+
+
+def test_ppo_configuration(tmp_path):
+    """Every value reaches the update."""
+    path = tmp_path / "server_config.yaml"
+    written = "\n".join(f"  {key}: {value}" for key, value in ppo_config.items())
+    path.write_text(SERVER_CONFIG.replace('  name: "grpo"', f'  name: "ppo"\n{written}'))
+    merged = config.merge(yaml_path=str(path), environ={})
+    learner = policy.learner_settings(merged, jnp.dtype("float32"))
+    assert (learner.critic, learner.critic_lr, learner.learning_rate, learner.value_clip) == ("copy", 1e-5, 5e-7, 0.2)
+    assert algorithms.settings_of(merged) == algorithms.AlgorithmSettings("ppo", gamma=1.0, gae_lambda=0.95)
 
 
 def test_ppo_configuration_belongs_to_ppo():

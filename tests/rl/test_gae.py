@@ -1,9 +1,12 @@
 """Token-level GAE against the paper's sum, by hand, and against verl's function."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.rl import gae
+from lightning_jax.rl import critic, gae
+from tests.rl import verl_ppo
 
 
 @pytest.fixture
@@ -70,3 +73,51 @@ def test_explained_variance_by_hand():
     assert gae.explained_variance(np.full(4, 7.0), returns) == 0
     assert gae.explained_variance(returns[::-1], returns) == pytest.approx(1 - 4)
     assert np.isnan(gae.explained_variance(returns, np.ones(4)))
+
+
+# verl -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["golden", "live"])
+def verl(request):
+    """What verl's functions give for `verl_ppo.inputs()`: as recorded, and as installed."""
+    if request.param == "golden":
+        return np.load(verl_ppo.GOLDENS)
+    if verl_ppo.installed() is None:
+        pytest.skip("verl is not installed")
+    pytest.importorskip("torch")
+    return verl_ppo.outputs(verl_ppo.installed())
+
+
+def test_advantages_and_returns_equal_verl(verl):
+    """Whitened, at the sampled tokens; verl's are in float32, and at other places carried along."""
+    given = verl_ppo.inputs()
+    mask_nt = given["mask_nt"]
+    for i, (gamma, gae_lambda) in enumerate(verl_ppo.SETTINGS):
+        advantage_nt, return_nt = gae.token_gae(
+            given["reward_nt"], given["value_nt"], mask_nt, gamma=gamma, gae_lambda=gae_lambda
+        )
+        white_nt = gae.whiten(advantage_nt, mask_nt)
+        np.testing.assert_allclose(white_nt[mask_nt], verl[f"advantage_{i}"][mask_nt], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(return_nt[mask_nt], verl[f"return_{i}"][mask_nt], rtol=1e-6, atol=1e-6)
+
+
+def test_value_loss_and_its_gradient_equal_verl(verl):
+    given = {name: jnp.array(x) for name, x in verl_ppo.inputs().items()}
+    count = jnp.sum(given["mask_nt"], dtype=jnp.float32)
+
+    def loss(new_value_nt):
+        return critic.value_loss(
+            new_value_nt,
+            given["value_nt"],
+            given["target_nt"],
+            given["mask_nt"],
+            count,
+            value_clip=verl_ppo.VALUE_CLIP,
+        )
+
+    (value, clipped), gradient_nt = jax.value_and_grad(loss, has_aux=True)(given["new_value_nt"])
+    np.testing.assert_allclose(value, verl["value_loss"], rtol=1e-6)
+    np.testing.assert_allclose(gradient_nt, verl["value_gradient"], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(clipped / count, verl["clip_fraction"], rtol=1e-6)
+    assert 0.1 < verl["clip_fraction"] < 0.9
