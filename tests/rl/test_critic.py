@@ -1,6 +1,9 @@
 """The critic against torch and transformers, against itself cut into other pieces, and in the learner."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -225,11 +228,27 @@ def test_a_row_sees_what_its_rollout_earned_after_it(rows):
     }
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="the mesh needs 4 devices")
-def test_on_a_mesh(config, params, rewarded):
+# Several devices ------------------------------------------------------------------------------------------------------
+
+
+def test_with_four_devices():
+    """The test below, in a process that has them."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", f"{__file__}::test_a_mesh_changes_nothing"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "1 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="run by the test above")
+def test_a_mesh_changes_nothing(config, params, rewarded, tmp_path):
+    """The curve is that of one device, and a checkpoint goes from the one to the other."""
     mesh = mesh_lib.make_mesh(fsdp=2, tensor=2)
     one, spread = Learner(config, params, SETTINGS), Learner(config, params, SETTINGS, mesh=mesh)
     for _ in range(2):
         a, b = (learner.update(*prepared(learner, rewarded)) for learner in (one, spread))
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert not spread.state.critic.params["trunk"]["layers"]["up_df"].sharding.is_fully_replicated
+    checkpoint.save(tmp_path, 2, spread.state, {})
+    restored, _ = checkpoint.restore(tmp_path, one.abstract_state())
+    jax.tree.map(np.testing.assert_array_equal, restored.critic, spread.state.critic)
