@@ -9,6 +9,7 @@ Arrays name logical axes (`batch`, `embed`, `kv_heads`, ...); `RULES` is the onl
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -90,6 +91,15 @@ def current(mesh: jax.sharding.Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def platform() -> str:
+    """What programs are made for, "cpu", "gpu" or "tpu": the current mesh's devices, else JAX's default ones.
+
+    A mesh of described devices is one too, so that programs for them can be compiled where there are none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def partition_spec(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
 ) -> PartitionSpec:
@@ -120,3 +130,19 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, x.shape, logical_axes))
+
+
+def axes_of(size: int, logical_axis: str) -> Any:
+    """The current mesh's axes that an array's axis of this size is split over; None for none. An entry of a spec."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else partition_spec(mesh, (size,), (logical_axis,))[0]
+
+
+def on_each_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """Inside jit under `jax.set_mesh`: `function` of each device's own parts, for kernels that XLA cannot divide.
+
+    Without a mesh: `function` itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

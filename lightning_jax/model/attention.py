@@ -1,8 +1,16 @@
-"""Attention over packed rows: several sequences side by side in one row, told apart by segment ids."""
+"""Attention over packed rows: several sequences side by side in one row, told apart by segment ids.
+
+`segment_attention` chooses by platform: a flash attention kernel on TPU (Splash, which comes with JAX) and on GPU
+(cuDNN's), where they take the shapes, and everywhere else the plain path, which is also what they are tested against.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend
 
 # Longer rows are computed this many queries at a time, so that scores are [B, H, 512, T] and never [B, H, T, T].
@@ -17,11 +25,16 @@ def segment_attention(segment_bt: jax.Array, position_bt: jax.Array, sliding_win
         position_bt: [B, T] int32, positions within the sequence; a query sees keys at its own position and before.
         sliding_window: how many positions a query sees, itself included; None for all.
 
+    A sequence's tokens stand side by side in their row, in the order of their positions, as packing puts them.
+
     Returns:
         An `attend` for `llama.forward`; softmax in float32.
     """
 
     def attend(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, cache: None) -> tuple[jax.Array, None]:
+        if kernel := _kernel(q_btkgh):
+            return kernel(q_btkgh, k_bskh, v_bskh, segment_bt, sliding_window), cache
+
         def chunk(query: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             q_btkgh, query_segment_bt, query_position_bt = query
             distance_bts = query_position_bt[:, :, None] - position_bt[:, None, :]
@@ -48,3 +61,103 @@ def _masked_attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, 
     score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
     weight_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weight_bkgts, v_bskh)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def _kernel(q_btkgh: jax.Array) -> Callable | None:
+    """The kernel for these queries on the current platform; None for the plain path."""
+    platform, (_, t, _, _, h) = mesh_lib.platform(), q_btkgh.shape
+    if platform == "tpu" and t % _SPLASH_UNIT == 0:
+        return splash_attention
+    if platform == "gpu" and q_btkgh.dtype in (jnp.bfloat16, jnp.float16) and h % 8 == 0 and h <= 128:
+        return cudnn_attention
+    return None
+
+
+_SPLASH_UNIT = 128  # a block's tokens are a multiple of the TPU's lanes
+_SPLASH_BLOCK = 512
+
+
+def splash_attention(
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_bt: jax.Array,
+    sliding_window: int | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention within segments by JAX's Splash kernel for TPU, its backward pass too.
+
+    Nothing of the size [T, T] is kept, and blocks above the diagonal are not computed. The kernel's interface is
+    experimental; only this function knows it.
+
+    Args:
+        q_btkgh, k_bskh, v_bskh: T must be a multiple of 128.
+        segment_bt: [B, T] int32.
+        sliding_window: as in `segment_attention`.
+        interpret: run it without a TPU, slowly.
+
+    Returns:
+        [B, T, K, G, h] in the dtype of the values.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    b, t, k, g, h = q_btkgh.shape
+    block = _SPLASH_BLOCK if t % _SPLASH_BLOCK == 0 else _SPLASH_UNIT
+    mask = splash.CausalMask((t, t))
+    if sliding_window is not None:
+        mask = splash.LocalMask((t, t), window_size=(sliding_window - 1, 0), offset=0)
+
+    def attend(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segment_bt: jax.Array) -> jax.Array:
+        b, t, k, g, h = q_btkgh.shape
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * (k * g)),
+            block_sizes=splash.BlockSizes(
+                **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block),
+                use_fused_bwd_kernel=True,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        q_bxth = jnp.moveaxis((q_btkgh * h**-0.5).astype(q_btkgh.dtype).reshape(b, t, k * g, h), 1, 2)
+        k_bkth, v_bkth = jnp.moveaxis(k_bskh, 1, 2), jnp.moveaxis(v_bskh, 1, 2)
+        out_bxth = jax.vmap(kernel)(q_bxth, k_bkth, v_bkth, splash.SegmentIds(segment_bt, segment_bt))
+        return jnp.moveaxis(out_bxth, 2, 1).reshape(b, t, k, g, h).astype(v_bskh.dtype)
+
+    spec = PartitionSpec(mesh_lib.axes_of(b, "batch"), None, mesh_lib.axes_of(k, "kv_heads"))
+    attend = mesh_lib.on_each_device(attend, in_specs=(spec, spec, spec, PartitionSpec(spec[0])), out_specs=spec)
+    return attend(q_btkgh, k_bskh, v_bskh, segment_bt)
+
+
+def cudnn_attention(
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segment_bt: jax.Array,
+    sliding_window: int | None,
+    *,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """Causal attention within segments by cuDNN's flash kernel, through `jax.nn.dot_product_attention`.
+
+    cuDNN knows segments as a bias alone: [B, 1, T, T] in the dtype of the queries, 34 MB a row of 4096 tokens, once for
+    all layers and heads. Scores are never in memory.
+
+    Args:
+        implementation: "xla" computes the same without cuDNN, for comparison.
+    """
+    b, t, k, g, h = q_btkgh.shape
+    out_btxh = jax.nn.dot_product_attention(
+        q_btkgh.reshape(b, t, k * g, h),
+        k_bskh,
+        v_bskh,
+        mask=(segment_bt[:, :, None] == segment_bt[:, None, :])[:, None],
+        is_causal=True,
+        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        implementation=implementation,
+    )
+    return out_btxh.reshape(b, t, k, g, h)

@@ -7,12 +7,16 @@ it begins to decode, each step appends to the copy, and each round writes what i
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend, LlamaConfig
+from lightning_jax.sampler import ragged_pages
+from lightning_jax.sampler.ragged_pages import RaggedPages
 
 BLOCK_TOKENS = 128  # keys that prefill attends to at a time
 _MASKED = -1e30  # not -inf: a block with every key masked must not make NaNs
@@ -43,9 +47,15 @@ class Copies(NamedTuple):
 
 def init_pages(
     config: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype, device: jax.sharding.Sharding | None = None
-) -> list[Pages]:
-    """Zeroed pages for every layer, plus the scratch page; `device` shards each array."""
+) -> list[Pages] | list[RaggedPages]:
+    """Zeroed pages for every layer, plus the scratch page; `device` shards each array.
+
+    For TPU, where its kernel takes the model's heads, they are `RaggedPages`.
+    """
     shape = (num_pages + 1, page_size, config.num_kv_heads, config.head_dim)
+    heads = shape[2] if device is None else device.shard_shape(shape)[2]
+    if mesh_lib.platform() == "tpu" and ragged_pages.fits(heads, dtype):
+        return [ragged_pages.init(shape, dtype, device) for _ in range(config.num_layers)]
     return [
         Pages(jnp.zeros(shape, dtype, device=device), jnp.zeros(shape, dtype, device=device))
         for _ in range(config.num_layers)
@@ -53,15 +63,15 @@ def init_pages(
 
 
 def write(
-    pages: Pages,
+    pages: Pages | RaggedPages,
     page_table_bp: jax.Array,
     position_bt: jax.Array,
     valid_bt: jax.Array,
     k_btkh: jax.Array,
     v_btkh: jax.Array,
-) -> Pages:
+) -> Pages | RaggedPages:
     """Puts keys and values at their rows' positions; those not valid go to the scratch page."""
-    page_size = pages.k.shape[1]
+    page_size = pages[0].shape[1]
     page_bt = jnp.take_along_axis(page_table_bp, position_bt // page_size, axis=1, mode="clip")
     index_bt = jnp.where(valid_bt, page_bt * page_size + position_bt % page_size, 0)
 
@@ -69,12 +79,14 @@ def write(
         flat = array.reshape(-1, *array.shape[2:])
         return flat.at[index_bt].set(new_btkh.astype(array.dtype), mode="promise_in_bounds").reshape(array.shape)
 
-    return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
+    return _put(put, pages, k_btkh, v_btkh)
 
 
-def write_copies(pages: Pages, copies: Copies, k_btkh: jax.Array, v_btkh: jax.Array) -> Pages:
+def write_copies(
+    pages: Pages | RaggedPages, copies: Copies, k_btkh: jax.Array, v_btkh: jax.Array
+) -> Pages | RaggedPages:
     """Puts page-sized spans of the rows' new keys and values into other pages as well."""
-    page_size = pages.k.shape[1]
+    page_size = pages[0].shape[1]
     offset_p = jnp.arange(page_size, dtype=jnp.int32)
     from_np = copies.first_n[:, None] + offset_p
     to_np = copies.page_n[:, None] * page_size + offset_p
@@ -84,6 +96,15 @@ def write_copies(pages: Pages, copies: Copies, k_btkh: jax.Array, v_btkh: jax.Ar
         new_npkh = new_btkh.at[copies.row_n[:, None], from_np].get(mode="promise_in_bounds").astype(array.dtype)
         return flat.at[to_np].set(new_npkh, mode="promise_in_bounds").reshape(array.shape)
 
+    return _put(put, pages, k_btkh, v_btkh)
+
+
+def _put(
+    put: Callable[[jax.Array, jax.Array], jax.Array], pages: Pages | RaggedPages, k_btkh: jax.Array, v_btkh: jax.Array
+) -> Pages | RaggedPages:
+    """`put(array, new)` of each of a layer's arrays."""
+    if isinstance(pages, RaggedPages):
+        return RaggedPages(put(pages.kv, ragged_pages.combined(k_btkh, v_btkh)))
     return Pages(put(pages.k, k_btkh), put(pages.v, v_btkh))
 
 
@@ -109,7 +130,8 @@ def prefill_attention(
         copies: where else to put some of the chunk's keys and values.
 
     Returns:
-        An `attend` for `llama.forward` of all tokens in one column, [B * T, 1], whose cache is a list of `Pages`.
+        An `attend` for `llama.forward` of all tokens in one column, [B * T, 1], whose cache is a list of `Pages`, or of
+        `RaggedPages`, over which a TPU kernel computes the same.
     """
     end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
 
@@ -118,6 +140,9 @@ def prefill_attention(
         pages = write(pages, page_table_bp, position_bt, valid_bt, k_btkh, v_btkh)
         if copies is not None:
             pages = write_copies(pages, copies, k_btkh, v_btkh)
+        if isinstance(pages, RaggedPages):
+            out_btkgh = ragged_pages.attention(q_btkgh, pages, page_table_bp, position_bt[:, 0], sliding_window)
+            return out_btkgh.reshape(q_n1kgh.shape), pages
         page_size = pages.k.shape[1]
         block_pages = max(1, BLOCK_TOKENS // page_size)
         block = block_pages * page_size
@@ -273,7 +298,7 @@ def _value_width(head_dim: int) -> int:
     """Width of values where they are multiplied. On CPU, products of other than 64, 128, ... columns do not sum in the
     same order for few rows and for many.
     """
-    return -(-head_dim // 64) * 64 if jax.default_backend() == "cpu" else head_dim
+    return -(-head_dim // 64) * 64 if mesh_lib.platform() == "cpu" else head_dim
 
 
 def _pad(v: jax.Array) -> jax.Array:

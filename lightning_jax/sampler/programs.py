@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
 from lightning_jax.model.llama import LlamaConfig
 from lightning_jax.sampler import kv_cache, sampling
@@ -63,10 +64,14 @@ class Programs:
         return sum(program._cache_size() for program in (self.prepare_params, self.prefill, self.decode))
 
 
-@functools.cache
 def jitted() -> Programs:
-    """The programs for the default backend; one set for all engines of the process."""
-    options = _compiler_options()
+    """The programs for the current platform; one set for all engines of the process."""
+    return _jitted(mesh_lib.platform())
+
+
+@functools.cache
+def _jitted(platform: str) -> Programs:
+    options = _compiler_options(platform)
     return Programs(
         prepare_params=jax.jit(prepare_params, static_argnames="dtype"),
         prefill=jax.jit(
@@ -84,13 +89,13 @@ def jitted() -> Programs:
     )
 
 
-def _compiler_options() -> dict[str, str] | None:
+def _compiler_options(platform: str) -> dict[str, str] | None:
     """On CPU: only matrix products go to the YNNPACK library.
 
     XLA gives it softmaxes as well, but only large ones, and its exp differs from XLA's own in the last bit; so a
     request's log-probs would depend on how many others run.
     """
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
     try:
