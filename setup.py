@@ -63,6 +63,8 @@ EXTRAS = {
         "anthropic>=0.40",
         "hypothesis>=6.100",
         "ipykernel>=6.29",
+        # The TPU's compiler: tests compile for described TPUs. It changes nothing where there are none.
+        "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "jsonschema>=4.20",
         "langchain>=1.0",
         "langchain-anthropic>=1.0",

@@ -25,6 +25,7 @@ FLOORS = {
     "lightning_jax.store": 2,
     "lightning_jax.command_line": 3,  # of config's floor, but built on it
     "lightning_jax.data": 3,  # of store's floor, but built on it
+    "lightning_jax.hlo_costs": 1,
     "lightning_jax.mesh": 3,
     "lightning_jax.outcomes": 3,
     "lightning_jax.model": 4,
@@ -33,6 +34,7 @@ FLOORS = {
     "lightning_jax.utilization": 5,
     "lightning_jax.policy": 6,
     "lightning_jax.rows": 6,
+    "lightning_jax.aot": 6,  # the programs of sampler and rl, lowered from shapes
     "lightning_jax.memory": 7,
     "lightning_jax.training": 7,
     "lightning_jax.server": 8,

@@ -17,6 +17,7 @@ _LLAMA32 = {
     "bos_id": 128000,
     "eos_ids": (128001, 128008, 128009),
 }
+_LLAMA31 = _LLAMA32 | {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "tie_embeddings": False}
 
 SHAPES = {
     # https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct, config.json
@@ -26,6 +27,14 @@ SHAPES = {
     # https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct, config.json
     "llama3.2-3b": LlamaConfig(
         hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, head_dim=128, **_LLAMA32
+    ),
+    # https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct, config.json
+    "llama3.1-8b": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, head_dim=128, **_LLAMA31
+    ),
+    # https://huggingface.co/meta-llama/Llama-3.1-70B-Instruct, config.json
+    "llama3.1-70b": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, head_dim=128, **_LLAMA31
     ),
     # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, config.json
     "smollm2-135m": LlamaConfig(

@@ -1,0 +1,196 @@
+"""What a training job needs of devices that need not be there: memory, arithmetic, traffic, and the time they allow.
+
+    python scripts/plan.py --model llama3.1-8b --topology v5e:4x4 --mesh 1,4,4
+
+The learner's and the sampler's real programs are compiled from shapes alone. For TPU that takes the `libtpu` package,
+which runs on any x86 Linux machine; for `cpu:N` nothing else. For GPU (`h100:8`) the memory is estimated from shapes,
+since GPU programs cannot be compiled without one.
+
+Every figure is read from a compiled program, or is a chip's published limit; none is measured. "At least" is the
+longest of arithmetic, memory traffic and collectives at the published peak rates: no real step is faster.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published limits of one chip."""
+
+    memory_bytes: float
+    flops: float  # a second, dense bfloat16
+    bandwidth: float  # bytes a second, of its memory
+    links: float  # bytes a second that it can send to other chips, all links together
+
+
+# Google's system architecture pages, cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM, peak bf16, HBM bandwidth,
+# and interchip interconnect bandwidth (Gbit/s there).
+# NVIDIA's data sheets of A100 SXM and H100 SXM: NVLink, one way.
+CHIPS = {
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 448e9),
+    "a100": Chip(80e9, 312e12, 2039e9, 300e9),
+    "h100": Chip(80e9, 989e12, 3350e9, 450e9),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a published shape, such as llama3.1-8b (see model/shapes.py)")
+    parser.add_argument("--topology", required=True, help="v5e:4x4, v6e:2x2, v5p:2x2x1, ...; cpu:8; h100:1, a100:8")
+    parser.add_argument("--mesh", help="data,fsdp,tensor; default: every chip along fsdp")
+    parser.add_argument(
+        "--blocks", type=int, help="packed rows of a micro-batch; default: one for each chip of the mesh"
+    )
+    parser.add_argument("--seq_len", type=int, default=4096, help="tokens of a packed row, and of a conversation")
+    parser.add_argument("--slots", type=int, default=64, help="sequences decoded together")
+    parser.add_argument("--kv_cache_tokens", type=int, default=65536)
+    parser.add_argument("--kl_coef", type=float, default=0.001, help="0 keeps no reference")
+    parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    args = parser.parse_args()
+    kind, _, size = args.topology.partition(":")
+    chips = 1
+    for n in re.findall(r"\d+", size):
+        chips *= int(n)
+    if kind == "cpu":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={chips}"
+    elif kind not in CHIPS:
+        parser.error(f"no chip is called {kind!r}; known: cpu, {', '.join(CHIPS)}")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has stays free
+    mesh = tuple(int(n) for n in args.mesh.split(",")) if args.mesh else (1, chips, 1)
+    if len(mesh) != 3:
+        parser.error("--mesh is three numbers: data,fsdp,tensor")
+
+    from agent_lightning.exceptions import AgentLightningError
+
+    try:
+        plan = make_plan(args, kind, mesh)
+    except AgentLightningError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(plan) if args.json else "\n".join(table(plan)))
+
+
+def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, int]) -> dict:
+    """Everything, as plain numbers; bytes, FLOPs and seconds are of one chip."""
+    import jax
+
+    from lightning_jax import aot
+    from lightning_jax import mesh as mesh_lib
+    from lightning_jax.model.lora import Trainable
+    from lightning_jax.model.shapes import named_shape
+    from lightning_jax.rl.update import LearnerSettings
+
+    config = named_shape(args.model)
+    data, fsdp, tensor = mesh_shape
+    if kind == "cpu":
+        mesh = mesh_lib.make_mesh(*mesh_shape)
+    elif kind.startswith("v"):
+        mesh = aot.described_mesh(args.topology, data=data, fsdp=fsdp, tensor=tensor)
+    else:
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+        mesh = jax.sharding.AbstractMesh(mesh_shape, mesh_lib.AXES, abstract_device=device)
+    dtype = "float32" if kind == "cpu" else "bfloat16"
+    blocks = args.blocks or data * fsdp
+    settings = LearnerSettings(
+        kl_coef=args.kl_coef,
+        batch_size=blocks,
+        max_seq_len=args.seq_len,
+        remat="full",
+        compute_dtype=dtype,
+        trainable=Trainable(lora_rank=args.lora_rank),
+    )
+    sampler = aot.SamplerShapes(
+        rows=args.slots, length=args.seq_len, num_pages=args.kv_cache_tokens // 16, page_size=16, steps=8, dtype=dtype
+    )
+    kept = aot.kept_bytes(config, settings, sampler, mesh)
+    chip = CHIPS.get(kind)
+    plan = {
+        "model": args.model,
+        "topology": args.topology,
+        "mesh": list(mesh_shape),
+        "block_tokens": [blocks, args.seq_len],
+        "kept_bytes": kept,
+        "memory_bytes": chip and chip.memory_bytes,
+    }
+    programs = {}
+    if kind in ("cpu",) or kind.startswith("v"):
+        compiled = aot.compile_learner(config, settings, mesh, blocks=blocks, length=args.seq_len)
+        compiled |= aot.compile_decode(config, sampler, mesh)
+        kernels = aot.kernel_costs(config, sampler, mesh, blocks=blocks, length=args.seq_len)
+        programs = {name: program_costs(program, kernels, chip) for name, program in compiled.items()}
+    plan["programs"] = programs
+    plan["peak_bytes"] = sum(kept.values()) + max((p["temporary_bytes"] for p in programs.values()), default=0)
+    plan["fits"] = plan["peak_bytes"] <= chip.memory_bytes if chip else None
+    if plan["fits"] and not programs:
+        plan["fits"] = None  # temporaries are not known
+    return plan
+
+
+def program_costs(compiled, kernels, chip: Chip | None) -> dict:
+    """One program's costs, and the least time that the chip's limits allow."""
+    from lightning_jax import hlo_costs
+
+    costs = hlo_costs.of_program(compiled.as_text(), kernels)
+    result = {
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "flops": costs.flops,
+        "bytes_moved": costs.bytes,
+        "collectives": {kind: traffic._asdict() for kind, traffic in sorted(costs.collectives.items())},
+        "kernels": costs.kernels,
+    }
+    if chip:
+        times = {
+            "arithmetic": costs.flops / chip.flops,
+            "memory": costs.bytes / chip.bandwidth,
+            "collectives": costs.collective_bytes / chip.links,
+        }
+        limit = max(times, key=times.get)
+        result |= {"seconds": times[limit], "limit": limit}
+    return result
+
+
+def table(plan: dict) -> list[str]:
+    """The plan for people."""
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+    data, fsdp, tensor = plan["mesh"]
+    lines = [f"{plan['model']} on {plan['topology']}, data={data} fsdp={fsdp} tensor={tensor}; a chip's share of:"]
+    lines += [f"  {name:38}{gb(size):>14}" for name, size in plan["kept_bytes"].items() if size]
+    for name, program in plan["programs"].items():
+        lines.append(f"  {f'temporaries of {name}':38}{gb(program['temporary_bytes']):>14}")
+    known = plan["memory_bytes"]
+    words = {True: "fits", False: "DOES NOT FIT", None: "fits, if temporaries do"}
+    verdict = "" if known is None else f" of {gb(known)}: {words[plan['fits']]}"
+    lines.append(f"  {'together, with the largest temporaries':38}{gb(plan['peak_bytes']):>14}{verdict}")
+    blocks, length = plan["block_tokens"]
+    titles = {
+        "accumulate": f"accumulate, a micro-batch of {blocks} x {length} tokens",
+        "apply": "apply, one optimizer step",
+        "decode": "decode, one token of every slot",
+    }
+    for name, p in plan["programs"].items():
+        lines.append(f"{titles[name]}: {p['flops'] / 1e12:,.3f} TFLOP, {gb(p['bytes_moved'])} moved")
+        for kind, traffic in p["collectives"].items():
+            lines.append(f"  {kind:20}{traffic['count']:>6} x {gb(traffic['bytes']):>14} sent in all")
+        if "seconds" in p:
+            lines.append(f"  at least {p['seconds'] * 1e3:,.2f} ms, by {p['limit']}")
+    if not plan["programs"]:
+        lines.append("GPU programs cannot be compiled without one: temporaries, arithmetic and traffic are not known")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
