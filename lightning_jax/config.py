@@ -36,6 +36,9 @@ ENVIRONMENT = {
     "LIGHTNING_RL_ALGORITHM": "algorithm.name",
     "LIGHTNING_BATCH_SIZE": "runtime.batch_size",
     "LIGHTNING_LEARNING_RATE": "algorithm.learning_rate",
+    "JAX_COORDINATOR_ADDRESS": "distributed.coordinator",
+    "JAX_NUM_PROCESSES": "distributed.num_processes",
+    "JAX_PROCESS_ID": "distributed.process_id",
 }
 AGENT_ENVIRONMENT = ("AGENT_LIGHTNING_SERVER_URL", "LIGHTNING_ENABLE_AIR", "LIGHTNING_MAX_RETRIES")
 
@@ -129,6 +132,12 @@ def default_config() -> config_dict.ConfigDict:
     server.host = "127.0.0.1"  # the address to listen on; "0.0.0.0" is every one of this machine
     server.port = 8000  # 0: any free one
     server.api_key = ""  # asked of clients where it is not empty; rollout URLs carry their own
+
+    # Several processes with one mesh: the same command for each, and a work directory that all of them see.
+    c.distributed = distributed = config_dict.ConfigDict()
+    distributed.coordinator = ""  # HOST:PORT that process 0 is to listen on; "auto" asks the cluster (Slurm, TPU, ...)
+    distributed.num_processes = 0  # 0: as the cluster says
+    distributed.process_id = -1  # of this one, from 0 on; -1: as the cluster says
 
     c.logging = logging = config_dict.ConfigDict()
     logging.tensorboard = True  # event files beside metrics.jsonl

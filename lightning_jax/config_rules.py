@@ -83,6 +83,7 @@ _SMALLEST = {  # section -> smallest value -> names
     "sampler": {0: "temperature top_k", 1: "max_slots kv_cache_tokens decode_steps max_queue max_tokens"},
     "agent": {1: "max_attempts"},
     "logging": {0: "samples_every"},
+    "distributed": {-1: "process_id", 0: "num_processes"},
 }
 for _section, _lows in _SMALLEST.items():
     RULES |= {f"{_section}.{name}": _at_least(low) for low, names in _lows.items() for name in names.split()}

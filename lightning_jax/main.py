@@ -22,7 +22,7 @@ from agent_lightning import agent_source, cli, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line, config_models, memory
+from lightning_jax import command_line, config_models, memory, processes
 from lightning_jax import config as config_lib
 from lightning_jax.model import weights
 from lightning_jax.policy import Policies
@@ -34,7 +34,7 @@ DATA_ID = "config"  # the dataset and the jobs that a config's own files and age
 JOB_IDS = {"train": "train", "evaluate": "evaluate"}
 # What may differ from the run that a work directory holds without making it another run.
 _FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps", "workdir")
-_FREE_SECTIONS = ("logging.", "server.")
+_FREE_SECTIONS = ("distributed.", "logging.", "server.")
 _FREE_OF_MODELS = (".tensor_parallel", ".fsdp")  # checkpoints go on on any mesh
 
 
@@ -48,13 +48,22 @@ def main(argv: list[str]) -> None:
         weights.model_folder(own.model.path)
     if config.mode != "plan":
         check_workdir(config)
-    start_jax(config)
-    if config.mode == "plan":
-        show_plan(config)
-    elif config.mode == "serve":
-        serve(config)
-    else:
-        run_agent(config)
+    team = start_jax(config)
+    try:
+        if isinstance(team, processes.Follower):
+            follow(config, team)
+        elif config.mode == "plan":
+            show_plan(config)
+        elif config.mode == "serve":
+            serve(config, team)
+        else:
+            run_agent(config, team)
+    except BaseException:
+        if team is not None:
+            team.close(failed=True)
+        raise
+    if team is not None:
+        team.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,8 +115,8 @@ def open_store(config: ml_collections.ConfigDict) -> Store:
     return Store(workdir / "store.sqlite3")
 
 
-def start_jax(config: ml_collections.ConfigDict) -> None:
-    """Chooses the device and keeps compiled programs for the next start."""
+def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes.Follower | None:
+    """Chooses the device, keeps compiled programs for the next start, and joins the other processes, if there are."""
     if config.device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(config.device, config.device))
     if not jax.config.jax_compilation_cache_dir:
@@ -118,8 +127,9 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
     simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if needed > 1 and jax.config.jax_num_cpu_devices < 0 and not simulated:
         # So that a configuration for several devices can be tried where there is none. Other platforms ignore it.
-        jax.config.update("jax_num_cpu_devices", needed)
+        jax.config.update("jax_num_cpu_devices", -(-needed // max(1, config.distributed.num_processes)))
     try:
+        team = processes.join(config.distributed)
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where the platform is known and no device is there
         raise InvalidConfigError(
@@ -127,6 +137,7 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
             hint="set LIGHTNING_DEVICE or --config.device to 'auto' or 'cpu'; `agent-lightning doctor` says which "
             "devices and packages there are",
         ) from error
+    return team
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,12 +145,19 @@ def start_jax(config: ml_collections.ConfigDict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def serve(config: ml_collections.ConfigDict) -> None:
+def follow(config: ml_collections.ConfigDict, follower: processes.Follower) -> None:
+    """Does what process 0 does on the devices, until that process ends."""
+    with contextlib.closing(Policies(config)) as policies:
+        if config.mode != "plan":
+            follower.follow(policies)
+
+
+def serve(config: ml_collections.ConfigDict, leader: processes.Leader | None) -> None:
     """Serves the model, and trains it for clients, until SIGINT or SIGTERM."""
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
         store = stack.enter_context(contextlib.closing(open_store(config)))
-        policies = _start_policies(config, stack)
+        policies = _start_policies(config, stack, leader)
         runner = JobRunner(policies, store, config, resume=lambda job_id: job_id not in JOB_IDS.values())
         jobs = stack.enter_context(contextlib.closing(runner))
         http = server_app.create_app(config=config, policies=policies, store=store, jobs=jobs)
@@ -163,7 +181,7 @@ def show_plan(config: ml_collections.ConfigDict) -> None:
     print(f"  {plan.check() or 'everything fits'}")
 
 
-def run_agent(config: ml_collections.ConfigDict) -> None:
+def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None) -> None:
     """Trains or evaluates with the config's agent and tasks, and says how it went.
 
     Raises:
@@ -176,7 +194,7 @@ def run_agent(config: ml_collections.ConfigDict) -> None:
         for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
             if path:
                 store.put_dataset(DATA_ID, split, _read_chunks(path))
-        policies = _start_policies(config, stack)
+        policies = _start_policies(config, stack, leader)
         for name, policy in policies.items():
             if policy.tokenizer.chat_template is None:
                 raise InvalidConfigError(
@@ -207,7 +225,9 @@ def _devices() -> str:
     return f"{text} with {memory.in_bytes(limit)}{'' if len(devices) == 1 else ' each'}"
 
 
-def _start_policies(config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> Policies:
+def _start_policies(
+    config: ml_collections.ConfigDict, stack: contextlib.ExitStack, leader: processes.Leader | None
+) -> Policies:
     """Loads the models and compiles their samplers, with a bar."""
     from rich.console import Console
     from rich.progress import Progress
@@ -218,7 +238,7 @@ def _start_policies(config: ml_collections.ConfigDict, stack: contextlib.ExitSta
         _say(warning)
     if jax.default_backend() == "cpu" and len(jax.local_devices()) > 1:
         _say("the devices are parts of one CPU: good for trying a configuration; 1 is many times faster")
-    policies = stack.enter_context(contextlib.closing(Policies(config)))
+    policies = stack.enter_context(contextlib.closing(Policies(config, leader)))
     if policies.restored is not None:
         _say(f"continuing behind step {policies.step} of {config.workdir}")
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:

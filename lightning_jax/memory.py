@@ -23,8 +23,8 @@ from lightning_jax import config_models
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention, llama, lora, weights
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.policy import compute_dtype, learner_settings, mesh_sizes
 from lightning_jax.rl import critic, losses, packing
+from lightning_jax.rl.settings import compute_dtype, learner_settings
 from lightning_jax.rl.update import LearnerSettings
 from lightning_jax.sampler import kv_cache
 
@@ -92,7 +92,7 @@ def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict, num_device
         InvalidConfigError: the devices or the model's sizes do not divide; see `mesh.axis_sizes`.
     """
     num_devices = num_devices or jax.device_count()
-    sizes = mesh_sizes(model, settings, num_devices)
+    sizes = mesh_lib.sizes_for(model, settings, num_devices)
     _, _, ways = sizes
     dtype = compute_dtype(settings.model.dtype)
     learner = learner_settings(settings, dtype)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import ml_collections
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from agent_lightning.exceptions import InvalidConfigError
@@ -71,6 +73,18 @@ def axis_sizes(
     return rest // fsdp, fsdp, tensor
 
 
+def sizes_for(model: Any, settings: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int, int]:
+    """`axis_sizes` for a model (a `model.llama.LlamaConfig`) and the settings of `config.py`."""
+    return axis_sizes(
+        num_devices,
+        tensor=settings.model.tensor_parallel,
+        fsdp=settings.model.fsdp,
+        width=model.hidden_size,
+        kv_heads=model.num_kv_heads,
+        mlp=model.intermediate_size,
+    )
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh over the first `data * fsdp * tensor` devices; `jax.set_mesh` makes it current.
 
@@ -122,6 +136,28 @@ def shardings(mesh: jax.sharding.Mesh, abstract_tree: Any) -> Any:
         return NamedSharding(mesh, partition_spec(mesh, leaf.shape, leaf.logical_axes))
 
     return jax.tree.map(sharding, abstract_tree)
+
+
+def put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Host arrays, the same in every process, to where they belong."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def parts(x: np.ndarray) -> jax.Array:  # device_put would compare the processes' arrays first
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(parts, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, whole in every process, however they are spread; all processes must call it."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

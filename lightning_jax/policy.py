@@ -6,6 +6,7 @@ are the models of a run: mostly one, or several that learn from the same traject
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import pathlib
 import time
@@ -18,11 +19,12 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config_models, utilization
+from lightning_jax import config_models, processes, utilization
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora, weights
-from lightning_jax.rl import algorithms, checkpoint, critic
+from lightning_jax.rl import algorithms, checkpoint
 from lightning_jax.rl import learner as learner_lib
+from lightning_jax.rl.settings import compute_dtype, learner_settings
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import TrainState
 from lightning_jax.sampler import engine as engine_lib
@@ -44,12 +46,19 @@ class Policy:
         version: of the weights that the engine samples from; the number of updates behind them.
     """
 
-    def __init__(self, name: str, settings: ml_collections.ConfigDict, device: DeviceThread):
+    def __init__(
+        self,
+        name: str,
+        settings: ml_collections.ConfigDict,
+        device: DeviceThread,
+        tell: Callable[..., None] | None = None,
+    ):
         """Loads the model and makes its engine.
 
         Args:
             settings: the run's configuration as this model has it (`config_models.of_each`).
             device: shared by all policies.
+            tell: see `Engine`.
 
         Raises:
             InvalidConfigError: the model cannot be read, or does not fit the settings.
@@ -63,7 +72,7 @@ class Policy:
         shardings = None
         if jax.device_count() > 1:  # so that no device holds a large model as a whole
             model = weights.load_config(settings.model.path)
-            self._mesh = mesh_lib.make_mesh(*mesh_sizes(model, settings, jax.device_count()))
+            self._mesh = mesh_lib.make_mesh(*mesh_lib.sizes_for(model, settings, jax.device_count()))
             shardings = mesh_lib.shardings(self._mesh, llama.abstract_params(model))
         self.config, self._initial = weights.load_model(settings.model.path, self._loaded_dtype, shardings)
         self.trainable.check(self.config)
@@ -71,7 +80,7 @@ class Policy:
         self._learner: learner_lib.Learner | None = None
         self._request_ids = itertools.count()
         self._device = device
-        self._engine = self._device.run(self._make_engine).result()
+        self._engine = self._device.run(self._make_engine, tell).result()
         self._device.add_engine(self._engine)
 
     @property
@@ -191,7 +200,11 @@ class Policy:
         """Of a parameter in memory: float32 if it learns, or else what it is computed with."""
         return self._dtype if self.trainable.is_frozen(name) else jnp.dtype("float32")
 
-    def _make_engine(self) -> engine_lib.Engine:
+    def replay(self, dispatch: Callable[..., object], *args) -> None:
+        """Makes a dispatch that process 0's engine told of."""
+        self._engine.replay(dispatch, *args)
+
+    def _make_engine(self, tell: Callable[..., None] | None) -> engine_lib.Engine:
         s = self._settings.sampler
         return engine_lib.Engine(
             self.config,
@@ -206,6 +219,7 @@ class Policy:
             dtype=self._dtype,
             eos_ids=self.tokenizer.eos_ids,
             mesh=self._mesh,
+            tell=tell,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -266,11 +280,12 @@ class Policies(Mapping[str, Policy]):
         restored: what was saved beside the newest checkpoint when these policies were restored from it; else None.
     """
 
-    def __init__(self, settings: ml_collections.ConfigDict):
+    def __init__(self, settings: ml_collections.ConfigDict, leader: processes.Leader | None = None):
         """Loads the models, or restores the newest checkpoint of the work directory.
 
         Args:
             settings: the run's configuration (`config.py`).
+            leader: of several processes; in those that follow it the models are as they were loaded.
 
         Raises:
             InvalidConfigError: a model cannot be read, or does not fit the settings.
@@ -280,11 +295,13 @@ class Policies(Mapping[str, Policy]):
         self.restored: dict[str, Any] | None = None
         self._max_to_keep = settings.runtime.max_to_keep or None
         self._device = DeviceThread()
+        self._leader = leader
         self._policies: dict[str, Policy] = {}
         try:
             for name, own in config_models.of_each(settings).items():
-                self._policies[name] = Policy(name, own, self._device)
-            if checkpoint.latest(self.checkpoint_dir) is not None:
+                tell = None if leader is None else functools.partial(leader.tell, Policies._replay, name)
+                self._policies[name] = Policy(name, own, self._device, tell)
+            if jax.process_index() == 0 and checkpoint.latest(self.checkpoint_dir) is not None:
                 self.prepare_training()
         except BaseException:
             self.close()
@@ -331,7 +348,7 @@ class Policies(Mapping[str, Policy]):
     def prepare_training(self) -> None:
         """Makes the learners, from the newest checkpoint of the work directory if there is one."""
         if self.first.state is None:
-            self._device.run(self._make_learners).result()
+            self._run(Policies._make_learners)
 
     def update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
         """One update of each model and their publication: the next request is sampled from the new weights.
@@ -343,7 +360,7 @@ class Policies(Mapping[str, Policy]):
         Returns:
             By model, the learner's metrics and "time/publish_s".
         """
-        return self._device.run(self._update, rows, return_n, group_n).result()
+        return self._run(Policies._update, rows, return_n, group_n)
 
     def save_checkpoint(self, extra: dict[str, Any]) -> pathlib.Path:
         """Writes weights, optimizers and `extra` (JSON-ready) to disk as `step-N`, all models' or nothing.
@@ -351,7 +368,7 @@ class Policies(Mapping[str, Policy]):
         Returns:
             The checkpoint's absolute path.
         """
-        return self._device.run(self._save_checkpoint, extra).result()
+        return self._run(Policies._save_checkpoint, extra)
 
     def checkpoints(self) -> list[pathlib.Path]:
         """The checkpoints that are kept, in step order."""
@@ -371,11 +388,20 @@ class Policies(Mapping[str, Policy]):
             InvalidConfigError: the checkpoint is gone, or another model's.
         """
         try:
-            self._device.run(self._publish_checkpoint, path).result()
+            self._run(Policies._publish_checkpoint, path)
             yield
         finally:
             if self.error is None:
-                self._device.run(self._publish).result()
+                self._run(Policies._publish)
+
+    def _run(self, command: Callable, *args) -> Any:
+        """Runs a method on the device thread, and in all other processes as well."""
+        if self._leader is None:
+            return self._device.run(command, self, *args).result()
+        return self._device.run(self._leader.run, command, self, *args).result()
+
+    def _replay(self, name: str, dispatch: Callable[..., object], *args) -> None:
+        self[name].replay(dispatch, *args)
 
     def _make_learners(self) -> None:
         newest = checkpoint.latest(self.checkpoint_dir)
@@ -405,44 +431,3 @@ class Policies(Mapping[str, Policy]):
         state = states if len(states) > 1 else self.first.state
         extra = extra | {"origins": {name: policy.origin for name, policy in self.items()}}
         return checkpoint.save(self.checkpoint_dir, self.step, state, extra, max_to_keep=self._max_to_keep)
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype to compute in; "auto" is float32 on CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def mesh_sizes(model: llama.LlamaConfig, settings: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int, int]:
-    """A model's (data, fsdp, tensor) on so many devices; see `mesh.axis_sizes`, also for what it raises."""
-    return mesh_lib.axis_sizes(
-        num_devices,
-        tensor=settings.model.tensor_parallel,
-        fsdp=settings.model.fsdp,
-        width=model.hidden_size,
-        kv_heads=model.num_kv_heads,
-        mlp=model.intermediate_size,
-    )
-
-
-def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> learner_lib.LearnerSettings:
-    """What the configuration says of updates."""
-    a, r = config.algorithm, config.runtime
-    return learner_lib.LearnerSettings(
-        learning_rate=a.learning_rate if a.actor_lr is None else a.actor_lr,
-        kl_coef=a.kl_coef,
-        clip_low=a.clip_range,
-        clip_high=a.clip_range,
-        entropy_coef=a.entropy_coef,
-        **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2", "warmup_steps")},
-        epochs=a.ppo_epochs,
-        optimizer_steps=a.mini_batches,
-        gradient_accumulation=r.gradient_accumulation,
-        batch_size=r.batch_size,
-        max_seq_len=r.max_seq_len,
-        remat=None if r.remat == "none" else r.remat,
-        compute_dtype=dtype.name,
-        trainable=lora.Trainable.of(config.model),
-        **critic.settings_of(a),
-    )

@@ -12,9 +12,10 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 from lightning_jax import memory
 from lightning_jax.model import llama, lora, shapes
-from lightning_jax.policy import Policies, learner_settings
+from lightning_jax.policy import Policies
 from lightning_jax.rl import critic, update
 from lightning_jax.rl.packing import Batch
+from lightning_jax.rl.settings import learner_settings
 
 LLAMA_3B = shapes.named_shape("llama3.2-3b")
 SMOLLM2 = shapes.named_shape("smollm2-135m")

@@ -59,7 +59,8 @@ def save(
     extra = json.loads(json.dumps(extra))  # fails here, not halfway, on what JSON cannot hold
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder)
+        if jax.process_index() == 0:
+            _remove_temporaries(folder)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             for item, state in states.items():
                 checkpointer.save(temporary / item, args=_saved(state, extra))
@@ -68,7 +69,8 @@ def save(
             _point("latest", final)
             _remove_oldest(folder, max_to_keep)
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and RuntimeError for a full disk
-        _remove_temporaries(folder)
+        if jax.process_index() == 0:
+            _remove_temporaries(folder)
         whole = latest(folder)
         raise TrainingError(
             f"could not write checkpoint {final}: {error}",

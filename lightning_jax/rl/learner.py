@@ -139,7 +139,7 @@ class Learner:
         with mesh_lib.current(self._mesh):
             scored = [[score(self._put(batch)) for batch in step] for step in steps]
         # A step's last micro-batch may be filled up behind the step's own blocks.
-        score_bt = np.concatenate([np.concatenate(jax.device_get(parts))[:per_step] for parts in scored])
+        score_bt = np.concatenate([np.concatenate(mesh_lib.to_host(parts))[:per_step] for parts in scored])
         return [score_bt[place] for place in places]
 
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
@@ -232,7 +232,7 @@ class Learner:
         """The critic's, on the policy as it is; their metrics stay on the device."""
         statics = {"config": self.config, "settings": self.settings, "mesh": self._mesh}
         state, metrics = self.state.critic, []
-        updates = jax.device_put(np.int32(int(state.updates) + 1), self._scalar_sharding)
+        updates = mesh_lib.put(np.int32(int(state.updates) + 1), self._scalar_sharding)
         for batches in steps * self.settings.epochs:
             num_tokens = self._num_tokens(batches)
             totals = self._zero_critic_totals(state.params)
@@ -248,14 +248,14 @@ class Learner:
     def _num_tokens(self, batches: list[Batch]) -> jax.Array:
         """Loss tokens of an optimizer step."""
         num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
-        return jax.device_put(num_tokens, self._scalar_sharding)
+        return mesh_lib.put(num_tokens, self._scalar_sharding)
 
     def _put(self, batch: Batch) -> Batch:
         """To the device, or spread over the mesh's batch axes."""
         if self._mesh is None:
             return jax.device_put(batch, self._scalar_sharding)
         spec = mesh_lib.partition_spec(self._mesh, batch.token_bt.shape, ("batch", None))
-        return jax.device_put(batch, jax.sharding.NamedSharding(self._mesh, spec))
+        return mesh_lib.put(batch, jax.sharding.NamedSharding(self._mesh, spec))
 
     def _place(self, params: llama.Params, dtype: str) -> llama.Params:
         """A copy of `params` in a dtype, on the device or spread over the mesh; a copy, since updates donate."""

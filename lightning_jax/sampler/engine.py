@@ -65,6 +65,7 @@ class Engine:
             same to the last bit in any company. With less, few requests run faster, and results agree up to rounding.
         mesh: shards KV heads over the mesh's "tensor" axis; the weights keep the sharding they come with.
         version: of `params`.
+        tell: how the engines of other processes learn of this one's dispatches, for `replay`; see `executor.Executor`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Engine:
         row_floor: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
         version: int = 0,
+        tell: Callable[..., None] | None = None,
     ):
         self.config = config
         self.max_seq_len = max_seq_len
@@ -104,7 +106,13 @@ class Engine:
         }
         self._scheduler = scheduler.Scheduler(**common)
         self._executor = executor.Executor(
-            config, **common, dtype=dtype, row_floor=row_floor, mesh=mesh, page_table=self._scheduler.page_table
+            config,
+            **common,
+            dtype=dtype,
+            row_floor=row_floor,
+            mesh=mesh,
+            page_table=self._scheduler.page_table,
+            tell=tell,
         )
         self._executor.publish(params)
         self._prefill_budget = 4 * max(rows * chunk for rows, chunk in shapes)  # tokens a round, padding included
@@ -190,6 +198,10 @@ class Engine:
         self._executor.publish(params)
         self._scheduler.flush()
         self.version = version
+
+    def replay(self, dispatch: Callable[..., object], *args) -> None:
+        """Makes a dispatch that another process's engine told of."""
+        dispatch(self._executor, *args)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program that requests can need. `progress(done, total)` is called after each."""

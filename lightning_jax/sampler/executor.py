@@ -47,6 +47,8 @@ class Executor:
         config, max_slots, page_size, num_pages, max_seq_len, decode_steps, prefill_chunk, dtype, row_floor, mesh: as in
             `Engine`.
         page_table: [max_slots, P] int32, the scheduler's; read at each dispatch.
+        tell: called before each dispatch with the method of this class that makes it and its arguments, for the
+            executors of other processes to call as well.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Executor:
         row_floor: int,
         mesh: jax.sharding.Mesh | None,
         page_table: np.ndarray,
+        tell: Callable[..., None] | None = None,
     ):
         self._programs = programs.jitted()
         self._config = config
@@ -73,6 +76,7 @@ class Executor:
         self._dtype = jnp.dtype(dtype)
         self._mesh = mesh
         self._page_table = page_table
+        self._tell = tell
         self._prefill_shapes = prefill_shapes
         batch_sizes = multiples(row_floor, max(row_floor, power_of_two(max_slots)), 2)
         self._decode_shapes = _decode_shapes(batch_sizes, page_size, num_pages, max_seq_len)
@@ -202,12 +206,13 @@ class Executor:
             control = np.full((rows, 2 + width), -1, np.int32)
             control[:, 0] = self._padding_slot
             control[:, 2:] = 0
-            self._use_workspace(rows, width)
             self._run_decode(control)
             if progress is not None:
                 progress(done, total)
 
     def _run_prefill(self, control: np.ndarray, samples: np.ndarray, chunk: int) -> None:
+        if self._tell is not None:
+            self._tell(Executor._run_prefill, control, samples, chunk)
         with self._device():
             self._pages, self._state = self._programs.prefill(
                 self._params, self._pages, self._state, control, samples, config=self._config, chunk=chunk
@@ -216,6 +221,9 @@ class Executor:
     def _run_decode(
         self, control: np.ndarray, round_shaping: programs.Shaping | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
+        if self._tell is not None:
+            self._tell(Executor._run_decode, control, round_shaping)
+        self._use_workspace(control.shape[0], control.shape[1] - 2)
         arrays = self._workspace.arrays
         with self._device():
             self._pages, self._workspace.arrays, self._state, sampled, top = self._programs.decode(

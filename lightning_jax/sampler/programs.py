@@ -238,7 +238,10 @@ def decode(
     known_b3 = jnp.stack([token_b, position_b, remaining_b], axis=-1)
     state = state.at[slot_b].set(jnp.concatenate([known_b3, rows[:, LOGPROB:]], axis=-1), mode="promise_in_bounds")
     sampled = [rows[:, TOKEN, None], tokens_bt, rows[:, LOGPROB, None], _bits(logprobs_bt)]
-    return pages, dense, state, jnp.concatenate(sampled, axis=-1), top_btn
+    sampled = mesh_lib.constrain(jnp.concatenate(sampled, axis=-1), None, None)  # whole in every process, for the host
+    if top_btn is not None:
+        top_btn = mesh_lib.constrain(top_btn, None, None, None)
+    return pages, dense, state, sampled, top_btn
 
 
 def sampling_columns(sampling: SamplingParams, stop_ids: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,206 @@
+"""Several processes, on one machine or many, that run one job: each has some of the devices.
+
+A program over devices of several processes runs once all of them have called it, with the same inputs from the host. So
+process 0 alone decides: it has the HTTP server, the store, the schedulers and the training loop, and before it calls a
+device program it tells the others to call it too (`Leader`). They do nothing else (`Follower`).
+
+What is told are functions of this package and their arguments, pickled, over TCP connections to process 0, whose key
+goes round by JAX's own collectives. A process that ends, for whatever reason, is seen at once by its connection, and
+the others end as well: nobody waits for somebody who is gone.
+"""
+
+import multiprocessing.connection
+import os
+import queue
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
+
+_PATIENCE_S = 60.0  # after one process failed, for the others to come to an end of what they do together
+_ADDRESS_BYTES = 256
+
+
+class Leader:
+    """Process 0's side. All but `close` belongs to the device thread, so that everybody's order is the same."""
+
+    def __init__(self, connections: dict[int, multiprocessing.connection.Connection]):
+        """Takes a connection to each of the other processes, by number."""
+        self._connections = connections
+        self._closed = False
+        self._words: queue.Queue[tuple[int, str | None]] = queue.Queue()
+        self._last_wait: threading.Timer | None = None
+        for number, connection in connections.items():
+            threading.Thread(target=self._listen, args=(number, connection), daemon=True).start()
+
+    def tell(self, function: Callable, *args: Any) -> None:
+        """Has the others call `function(target, *args)`, and does not wait for it; a failure there ends everybody."""
+        self._send((function, args, False))
+
+    def run(self, function: Callable, target: Any, *args: Any) -> Any:
+        """Calls `function(target, *args)`, here and in all others with their own target, and waits for all.
+
+        What it raises here is raised; if it does not fare alike everywhere, all processes end. An error of this package
+        (a full disk, a checkpoint that is gone) leaves things as they were, and may be one process's alone.
+        """
+        self._send((function, args, True))
+        failure = None
+        try:
+            return function(target, *args)
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            self._hear_all(function.__name__, failure)
+
+    def close(self, failed: bool = False) -> None:
+        """Lets the others end: well, or as processes do whose leader is gone."""
+        self._closed = True
+        if not failed:
+            self._send(None)
+        for connection in self._connections.values():
+            connection.close()
+
+    def _send(self, message: Any) -> None:
+        for number, connection in self._connections.items():
+            try:
+                connection.send(message)
+            except OSError as error:
+                _end(f"process {number} cannot be reached: {error}")
+
+    def _hear_all(self, name: str, failure: Exception | None) -> None:
+        try:
+            words = [self._words.get(timeout=None if failure is None else _PATIENCE_S) for _ in self._connections]
+        except queue.Empty:
+            _end(f"{name} failed in process 0 while others wait in it: {failure!r}")
+        if self._last_wait is not None:
+            self._last_wait.cancel()
+        for number, word in words:
+            if (word is None) != (failure is None) and not isinstance(failure, AgentLightningError):
+                _end(f"{name} failed in process {number if word else 0} alone: {word or repr(failure)}")
+
+    def _listen(self, number: int, connection: multiprocessing.connection.Connection) -> None:
+        """One process's words, each about a call of `run`."""
+        try:
+            while True:
+                word = connection.recv()
+                if word is not None:  # the device thread may wait in a collective of which that process has no part now
+                    self._last_wait = threading.Timer(_PATIENCE_S, _end, [f"process {number} failed: {word}"])
+                    self._last_wait.daemon = True
+                    self._last_wait.start()
+                self._words.put((number, word))
+        except (EOFError, OSError):
+            if not self._closed:
+                _end(f"process {number} has ended")
+
+
+class Follower:
+    """Every other process's side."""
+
+    def __init__(self, connection: multiprocessing.connection.Connection):
+        self._connection = connection
+        self._calls: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def follow(self, target: Any) -> None:
+        """Calls what process 0 calls, with `target` in the place of its own, until that process closes."""
+        while (call := self._calls.get()) is not None:
+            function, args, answers = call
+            word = None
+            try:
+                function(target, *args)
+            except Exception as error:
+                if not answers:
+                    raise
+                word = f"{type(error).__name__}: {error}"
+            if answers:
+                self._connection.send(word)
+
+    def close(self, failed: bool = False) -> None:
+        self._connection.close()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                call = self._connection.recv()
+                self._calls.put(call)
+                if call is None:
+                    return
+        except (EOFError, OSError):  # the main thread may be waiting for process 0 in a collective
+            _end("process 0 has ended")
+
+
+def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
+    """Makes this process one of several, if the settings (`distributed` of `config.py`) say so; else None.
+
+    From here on `jax.devices()` are those of all processes.
+
+    Raises:
+        InvalidConfigError: the others cannot be found.
+    """
+    if not settings.coordinator:
+        return None
+    # On CPU: programs one after the other, for what they exchange is matched up by order alone.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    given = {}
+    if settings.coordinator != "auto":
+        given["coordinator_address"] = settings.coordinator
+        given["num_processes"] = settings.num_processes or None
+        given["process_id"] = None if settings.process_id < 0 else settings.process_id
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=10)
+    except (ValueError, RuntimeError) as error:
+        raise InvalidConfigError(
+            f"this process cannot join the others: {error}",
+            hint="set distributed.coordinator (HOST:PORT of process 0), num_processes and process_id",
+        ) from error
+    if jax.process_count() == 1:
+        return None
+    host = socket.gethostbyname(socket.gethostname()) if not given else settings.coordinator.rpartition(":")[0]
+    return _lead(host) if jax.process_index() == 0 else _connect()
+
+
+def _lead(host: str) -> Leader:
+    key = secrets.token_bytes(32)
+    bound = host if host in ("localhost", "127.0.0.1") else "0.0.0.0"
+    with multiprocessing.connection.Listener((bound, 0), backlog=jax.process_count(), authkey=key) as listener:
+        address = f"{key.hex()} {host}:{listener.address[1]}".encode()
+        _broadcast(address)
+        connections = {}
+        while len(connections) < jax.process_count() - 1:
+            try:
+                connection = listener.accept()
+            except multiprocessing.AuthenticationError:  # somebody else's
+                continue
+            connections[connection.recv()] = connection
+    return Leader(connections)
+
+
+def _connect() -> Follower:
+    key, _, address = _broadcast(b"").decode().partition(" ")
+    host, _, port = address.rpartition(":")
+    connection = multiprocessing.connection.Client((host, int(port)), authkey=bytes.fromhex(key))
+    connection.send(jax.process_index())
+    return Follower(connection)
+
+
+def _broadcast(text: bytes) -> bytes:
+    """Process 0's text, in every process."""
+    padded = np.frombuffer(text.ljust(_ADDRESS_BYTES), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)).rstrip()
+
+
+def _end(reason: str) -> NoReturn:
+    """Ends this process from any thread, also while another waits for a collective that will never end."""
+    print(f"{reason}; process {jax.process_index()} ends with it", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,38 @@
+"""What the configuration comes to for one model: the dtype that it computes in, and the settings of its updates."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from lightning_jax.model import lora
+from lightning_jax.rl import critic
+from lightning_jax.rl.update import LearnerSettings
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype to compute in; "auto" is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> LearnerSettings:
+    """What the configuration says of updates."""
+    a, r = config.algorithm, config.runtime
+    return LearnerSettings(
+        learning_rate=a.learning_rate if a.actor_lr is None else a.actor_lr,
+        kl_coef=a.kl_coef,
+        clip_low=a.clip_range,
+        clip_high=a.clip_range,
+        entropy_coef=a.entropy_coef,
+        **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2", "warmup_steps")},
+        epochs=a.ppo_epochs,
+        optimizer_steps=a.mini_batches,
+        gradient_accumulation=r.gradient_accumulation,
+        batch_size=r.batch_size,
+        max_seq_len=r.max_seq_len,
+        remat=None if r.remat == "none" else r.remat,
+        compute_dtype=dtype.name,
+        trainable=lora.Trainable.of(config.model),
+        **critic.settings_of(a),
+    )
