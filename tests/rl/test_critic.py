@@ -228,6 +228,26 @@ def test_a_row_sees_what_its_rollout_earned_after_it(rows):
     }
 
 
+def test_what_a_call_earned_on_the_way_reaches_the_tokens_before_it():
+    """A reply that earned 0.25 of AIR, an observation, a reply after which the agent returned 1; all values are 0.5."""
+    calls = [
+        trajectory.TokenCall(0, None, [1], [2, 3], np.zeros(2), reward=0.25),
+        trajectory.TokenCall(1, 0, [1, 2, 3, 4], [5], np.zeros(1), reward=1.0),
+    ]
+    rows = trajectory.build_rows(calls, 0)
+
+    def values(rows):
+        return [np.full(len(row), 0.5, np.float32) for row in rows]
+
+    settings = algorithms.AlgorithmSettings("ppo", gamma=1.0, gae_lambda=1.0)
+    (row,), _ = algorithms.prepare(settings, algorithms.Step(rows, np.array([1.25]), np.array([0]), None, values))
+    np.testing.assert_allclose(row.value_target, [0, 1.25, 1.25, 0, 1])
+    np.testing.assert_allclose(row.value[row.loss_mask], 0.5)
+    plain = np.array([0.75, 0.75, 0.5])  # whitened over the three tokens
+    expected = (plain - plain.mean()) / plain.std(ddof=1)
+    np.testing.assert_allclose(row.advantage, [0, *expected[:2], 0, expected[2]], rtol=1e-5)
+
+
 # Several devices ------------------------------------------------------------------------------------------------------
 
 
