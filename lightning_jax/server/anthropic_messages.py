@@ -296,32 +296,35 @@ class _BlockEvents:
 
     def __init__(self):
         self._index = -1
-        self._in_text = False
+        self._open: str | None = None  # the type of the block that goes on
 
     def grow(self, delta: Delta) -> Iterator[tuple[str, dict]]:
         """(event, its content) for what is new; with the last delta, for the end of the last block."""
         if delta.content:
-            if not self._in_text:
+            if self._open != "text":
+                yield from self._stop()
                 yield self._start({"type": "text", "text": ""})
-                self._in_text = True
             yield self._grow({"type": "text_delta", "text": delta.content})
-        for call in delta.tool_calls:
-            yield from self._stop_text()
-            function = call["function"]
-            yield self._start({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
-            yield self._grow({"type": "input_json_delta", "partial_json": function["arguments"]})
-            yield "content_block_stop", {"index": self._index}
+        for piece in delta.call_pieces:
+            if piece.begun is not None:
+                yield from self._stop()
+                call_id, name = piece.begun
+                yield self._start({"type": "tool_use", "id": call_id, "name": name, "input": {}})
+            yield self._grow({"type": "input_json_delta", "partial_json": piece.arguments})
+            if piece.complete:
+                yield from self._stop()
         if delta.choice is not None:
-            yield from self._stop_text()
+            yield from self._stop()
 
     def _start(self, block: dict) -> tuple[str, dict]:
         self._index += 1
+        self._open = block["type"]
         return "content_block_start", {"index": self._index, "content_block": block}
 
     def _grow(self, delta: dict) -> tuple[str, dict]:
         return "content_block_delta", {"index": self._index, "delta": delta}
 
-    def _stop_text(self) -> Iterator[tuple[str, dict]]:
-        if self._in_text:
-            self._in_text = False
+    def _stop(self) -> Iterator[tuple[str, dict]]:
+        if self._open is not None:
+            self._open = None
             yield "content_block_stop", {"index": self._index}

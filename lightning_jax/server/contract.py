@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lightning_jax.text.tools import CallPiece
+
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the likeliest ones as (id, log-prob)
 
 
@@ -115,7 +117,9 @@ class Delta:
 
     Attributes:
         index: of the sample.
-        content, tool_calls: as in `Choice`; a call comes whole.
+        content: as in `Choice`.
+        call_pieces: what is new of tool calls. A call comes whole, for until its end it may turn out to be text; but in
+            pieces where a grammar holds it to its form.
         token_ids, logprobs, top_logprobs: sampled since the sample's previous delta.
         num_text_tokens: how many of them are text.
         choice: the whole sample, in its last delta.
@@ -123,7 +127,7 @@ class Delta:
 
     index: int
     content: str
-    tool_calls: list[dict]
+    call_pieces: list[CallPiece]
     token_ids: list[int]
     logprobs: list[float]
     num_text_tokens: int

@@ -89,7 +89,10 @@ class Generator:
         indices = [self._store.next_call_index(attempt) if attempt else 0 for _ in range(request.n)]
         parent = None if prompt.parent is None else earlier[prompt.parent].index
         names = [f"{name}:{i}" for i in range(request.n)]
-        prepared = Prepared(messages, prompt.ids, parent, samplings, indices, names, self._role)
+        # A stop string or id may end a call in its middle, and then it is text; so it is where max_tokens does, but for
+        # a stream, which like the commercial endpoints' ends in an unfinished call.
+        certain = _has_strict_calls(request) and not request.stop and not request.stop_ids
+        prepared = Prepared(messages, prompt.ids, parent, samplings, indices, names, self._role, certain)
         taken.add(occurrence)
 
         def forget() -> None:  # a refused call that is sent again is the same call
@@ -134,7 +137,7 @@ class Generator:
             compile = functools.partial(self._tool_call, request, None if forced else kind, value)
         elif kind is not None:
             compile = functools.partial(self._form, kind, value)
-        elif tools and (not request.parallel_tool_calls or any(tool["function"].get("strict") for tool in tools)):
+        elif _has_strict_calls(request):
             compile = functools.partial(self._tool_call, request, None, None)
         else:
             return None
@@ -216,3 +219,13 @@ class Generator:
         seed = request.seed if agents_seed else attempt.seed
         entry = attempt.entry
         return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample)
+
+
+def _has_strict_calls(request: GenerateRequest) -> bool:
+    """Whether a grammar holds all tool calls of the reply to their form, and the text before them to nothing."""
+    if not request.tools or request.tool_choice == "none":
+        return False
+    if request.tool_choice == "required":
+        return True
+    strict = any(tool["function"].get("strict") for tool in request.tools)
+    return request.form is None and (strict or not request.parallel_tool_calls)

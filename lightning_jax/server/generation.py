@@ -38,6 +38,7 @@ class Prepared:
             tool calls' ids are made of. Named like the noise, the same sample has the same ids, which some templates
             put into the next prompt.
         role: what the model is asked as.
+        certain_calls: a tool call that begins is a well-formed one, as far as it goes.
     """
 
     messages: list[dict]
@@ -47,6 +48,7 @@ class Prepared:
     indices: list[int]
     names: list[str]
     role: str
+    certain_calls: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -256,7 +258,9 @@ class Generation:
         self.cached_tokens = self.cached_tokens or completion.cached_tokens
         return self._delta(i, content, calls, len(sample.ids), choice)
 
-    def _delta(self, i: int, content: str, calls: list[dict], upto: int, choice: Choice | None = None) -> Delta:
+    def _delta(
+        self, i: int, content: str, calls: list[tools.CallPiece], upto: int, choice: Choice | None = None
+    ) -> Delta:
         sample = self._samples[i]
         new = slice(sample.given, upto)
         num_text_tokens = min(upto, sample.text.num_text_tokens) - sample.given
@@ -269,7 +273,9 @@ class Generation:
     def _reply_text(self, i: int) -> ReplyText:
         request, parser = self._request, None
         if request.tools and request.tool_choice != "none":
-            parser = tools.ReplyParser(self._family, self._prepared.names[i])
+            in_pieces = request.stream and self._prepared.certain_calls and self._family != "mistral"
+            parse = tools.PieceParser if in_pieces else tools.ReplyParser
+            parser = parse(self._family, self._prepared.names[i])
         return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser)
 
     def _checked(self, completion: Completion) -> Completion:

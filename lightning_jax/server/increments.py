@@ -19,7 +19,7 @@ class ReplyText:
 
     Attributes:
         content: the text so far.
-        tool_calls: the calls so far.
+        tool_calls: the calls so far, in OpenAI's form.
         num_text_tokens: how many of the ids so far are text.
         stop_string: the stop string that ended it, if one did.
     """
@@ -29,10 +29,9 @@ class ReplyText:
         tokenizer: Tokenizer,
         end_ids: Collection[int],
         stop: Sequence[str] = (),
-        parser: tools.ReplyParser | None = None,
+        parser: tools.ReplyParser | tools.PieceParser | None = None,
     ):
         self.content = ""
-        self.tool_calls: list[dict] = []
         self.num_text_tokens = 0
         self.stop_string: str | None = None
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
@@ -42,13 +41,17 @@ class ReplyText:
         self._end: list[int] = []  # an end-of-turn id that may be the last id
         self._held = ""  # text that may be the beginning of a stop string
 
-    def push(self, ids: Sequence[int]) -> tuple[str, list[dict]]:
-        """Takes the next ids; returns the text and the calls that are certain with them."""
+    @property
+    def tool_calls(self) -> list[dict]:
+        return [] if self._parser is None else self._parser.calls
+
+    def push(self, ids: Sequence[int]) -> tuple[str, list[tools.CallPiece]]:
+        """Takes the next ids; returns the text and the pieces of calls that are certain with them."""
         ids = [*self._end, *ids]
         self._end = ids[-1:] if ids and ids[-1] in self._end_ids else []
         return self._show(self._decode(ids[: len(ids) - len(self._end)]), final=False)
 
-    def finish(self, finish_reason: str) -> tuple[str, list[dict]]:
+    def finish(self, finish_reason: str) -> tuple[str, list[tools.CallPiece]]:
         """Returns what is left when the sample is over."""
         text = "" if finish_reason == "stop" else self._decode(self._end)
         return self._show(text + self._decoder.flush(), final=True)
@@ -57,18 +60,17 @@ class ReplyText:
         self.num_text_tokens += len(ids)
         return self._decoder.push(ids)
 
-    def _show(self, text: str, final: bool) -> tuple[str, list[dict]]:
+    def _show(self, text: str, final: bool) -> tuple[str, list[tools.CallPiece]]:
         if self._stop:
             text = self._before_stop(text, final)
-        calls: list[dict] = []
+        calls: list[dict | tools.CallPiece] = []
         if self._parser is not None:
             text, calls = self._parser.push(text)
             if final:
                 more_text, more_calls = self._parser.finish()
                 text, calls = text + more_text, calls + more_calls
         self.content += text
-        self.tool_calls += calls
-        return text, calls
+        return text, [call if isinstance(call, tools.CallPiece) else _whole(call) for call in calls]
 
     def _before_stop(self, text: str, final: bool) -> str:
         if self.stop_string is not None:
@@ -108,6 +110,11 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
         return text, None
     position, _, candidate = min(found)
     return text[:position], candidate
+
+
+def _whole(call: dict) -> tools.CallPiece:
+    function = call["function"]
+    return tools.CallPiece((call["id"], function["name"]), function["arguments"], True)
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:

@@ -164,12 +164,14 @@ async def _events(
             yield wire.COMMENT
             continue
         parts = [{"content": delta.content}] if delta.content else []
-        for call in delta.tool_calls:
-            number, function = calls_begun[delta.index], call["function"]
-            calls_begun[delta.index] += 1
-            begun = call | {"index": number, "function": {"name": function["name"], "arguments": ""}}
-            parts.append({"tool_calls": [begun]})
-            parts.append({"tool_calls": [{"index": number, "function": {"arguments": function["arguments"]}}]})
+        for piece in delta.call_pieces:
+            if piece.begun is not None:
+                calls_begun[delta.index] += 1
+                call_id, name = piece.begun
+                begun = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+                parts.append({"tool_calls": [{"index": calls_begun[delta.index] - 1} | begun]})
+            grown = {"index": calls_begun[delta.index] - 1, "function": {"arguments": piece.arguments}}
+            parts.append({"tool_calls": [grown]})
         sampled = delta  # its tokens go with the first chunk
         for part in parts:
             yield chunk(delta.index, part, sampled)

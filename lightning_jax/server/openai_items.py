@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightning_jax.server.contract import ApiError, Delta
+from lightning_jax.text.tools import CallPiece
 
 _KEPT_RESPONSES = 8192
 
@@ -107,18 +108,21 @@ class Output:
     def __init__(self, logprobs: Callable[[Delta], list[dict]] | None):
         self.items: list[dict] = []
         self._logprobs = logprobs
-        self._in_message = False
+        self._in_message = self._in_call = False
 
     def grow(self, delta: Delta) -> Iterator[dict]:
         """The events that tell what is new; with the last delta, of the end of the last item."""
-        empty = delta.choice is not None and not self.items and not delta.tool_calls
+        empty = delta.choice is not None and not self.items and not delta.call_pieces
         if delta.content or empty:
             yield from self._add_text(delta)
-        for call in delta.tool_calls:
+        for piece in delta.call_pieces:
             yield from self._end_message("completed")
-            yield from self._add_call(call)
+            yield from self._add_call(piece)
         if delta.choice is not None:
-            yield from self._end_message("incomplete" if delta.choice.finish_reason == "length" else "completed")
+            status = "incomplete" if delta.choice.finish_reason == "length" else "completed"
+            yield from self._end_message(status)
+            if self._in_call:
+                yield from self._end_call(status)
 
     def _add_text(self, delta: Delta) -> Iterator[dict]:
         if not self._in_message:
@@ -149,14 +153,26 @@ class Output:
             yield self._event("content_part.done", **place, part=part)
             yield self._event("output_item.done", item=item)
 
-    def _add_call(self, call: dict) -> Iterator[dict]:
-        item_id, arguments = f"fc_{secrets.token_hex(12)}", call["function"]["arguments"]
-        item = {"id": item_id, "type": "function_call", "call_id": call["id"], "name": call["function"]["name"]}
-        self.items.append(item | {"arguments": arguments, "status": "completed"})
-        yield self._event("output_item.added", item=item | {"arguments": "", "status": "in_progress"})
-        yield self._event("function_call_arguments.delta", item_id=item_id, delta=arguments)
-        yield self._event("function_call_arguments.done", item_id=item_id, arguments=arguments, name=item["name"])
-        yield self._event("output_item.done", item=self.items[-1])
+    def _add_call(self, piece: CallPiece) -> Iterator[dict]:
+        if piece.begun is not None:
+            self._in_call = True
+            item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call"}
+            item |= {"call_id": piece.begun[0], "name": piece.begun[1], "arguments": "", "status": "in_progress"}
+            self.items.append(item)
+            yield self._event("output_item.added", item=dict(item))
+        item = self.items[-1]
+        item["arguments"] += piece.arguments
+        yield self._event("function_call_arguments.delta", item_id=item["id"], delta=piece.arguments)
+        if piece.complete:
+            yield from self._end_call("completed")
+
+    def _end_call(self, status: str) -> Iterator[dict]:
+        self._in_call = False
+        item = self.items[-1]
+        item["status"] = status
+        told = {"item_id": item["id"], "arguments": item["arguments"], "name": item["name"]}
+        yield self._event("function_call_arguments.done", **told)
+        yield self._event("output_item.done", item=item)
 
     def _event(self, kind: str, **content: Any) -> dict:
         return {"type": f"response.{kind}", "output_index": len(self.items) - 1, **content}

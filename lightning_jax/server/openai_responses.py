@@ -15,6 +15,7 @@ from lightning_jax.server.generation import Generation
 from lightning_jax.server.openai_items import Output, ResponseStore, chat_messages
 from lightning_jax.server.roles import Generators
 from lightning_jax.text.tokenizer import Tokenizer
+from lightning_jax.text.tools import CallPiece
 
 # Fields that would change the result, with the values at which they change nothing.
 _UNSUPPORTED = {
@@ -196,7 +197,9 @@ class _Writer:
     def response(self, choice: Choice) -> dict:
         """The whole response."""
         ids = (choice.token_ids, choice.logprobs, choice.num_text_tokens)
-        for _ in self._output.grow(Delta(0, choice.content, choice.tool_calls, *ids, choice, choice.top_logprobs)):
+        functions = [(call["id"], call["function"]) for call in choice.tool_calls]
+        calls = [CallPiece((call_id, made["name"]), made["arguments"], True) for call_id, made in functions]
+        for _ in self._output.grow(Delta(0, choice.content, calls, *ids, choice, choice.top_logprobs)):
             pass
         return self._finish(choice)
 

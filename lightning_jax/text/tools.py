@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -39,6 +40,21 @@ def family_of(tokenizer: Tokenizer) -> Family:
     return "hermes"  # what `without_tool_support` asks for
 
 
+@dataclasses.dataclass(frozen=True)
+class CallPiece:
+    """What is new of a tool call.
+
+    Attributes:
+        begun: the call's id and name, in its first piece.
+        arguments: what its arguments' JSON text goes on with.
+        complete: there is no more of it.
+    """
+
+    begun: tuple[str, str] | None
+    arguments: str
+    complete: bool
+
+
 def parse_reply(text: str, family: Family, call_key: str = "") -> tuple[str, list[dict]]:
     """Splits a sampled reply into its text and its tool calls: `ReplyParser` for a reply that is there as a whole."""
     parser = ReplyParser(family, call_key)
@@ -57,7 +73,7 @@ class ReplyParser:
     Args:
         family: see `family_of`.
         call_key: makes the calls' ids unique, for example attempt and call number: ids are a hash of it, the call's
-            position and the call, so that the same sample always gets the same ids. Nine letters and digits, the only
+            position and its name, so that the same sample always gets the same ids. Nine letters and digits, the only
             form that Mistral's templates accept.
 
     Attributes:
@@ -96,7 +112,8 @@ class ReplyParser:
             if isinstance(part, str):
                 shown += part
             else:
-                calls += [self._named(*call, len(self.calls) + n) for n, call in enumerate(part, len(calls))]
+                first = len(self.calls) + len(calls)
+                calls += [_call(self._call_key, first + n, *call) for n, call in enumerate(part)]
         shown = self._space + shown
         kept = shown.rstrip()
         self._space = shown[len(kept) :]
@@ -104,10 +121,110 @@ class ReplyParser:
         self.calls += calls
         return kept, calls
 
-    def _named(self, name: str, arguments: str, position: int) -> dict:
-        text = f"{self._call_key}\0{position}\0{name}\0{arguments}"
-        call_id = base64.b32encode(hashlib.blake2b(text.encode(), digest_size=15).digest()).decode("ascii")[:9].lower()
-        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+class PieceParser:
+    """Splits a reply whose calls a grammar holds to their form (`guided.Guide.tool_call`), arguments in pieces.
+
+    That a call is well-formed is certain from its beginning, so its arguments are given as they are sampled, in the
+    model's own spelling. A reply that ends in the middle of a call leaves it incomplete. Arguments and attributes as
+    for `ReplyParser`; the ids are the same as well.
+    """
+
+    def __init__(self, family: Literal["hermes", "llama3"], call_key: str = ""):
+        self.content = ""
+        self.calls: list[dict] = []
+        self._family, self._call_key = family, call_key
+        self._head, self._tail = _CALL_FORMS[family]
+        self._rest = ""  # not known yet to be text or a call
+        self._space = ""  # at the end of the text so far
+        self._is_text = False  # so will be all that follows
+        self._unread = ""  # what comes behind a call's arguments
+        self._depth = 0  # of open brackets in a call's arguments; 0 is outside of them
+        self._in_string = self._escaped = False
+
+    def push(self, text: str) -> tuple[str, list[CallPiece]]:
+        """Takes the next piece of the reply; returns the text and the pieces of calls that are new with it."""
+        self._rest += text
+        shown, pieces = "", []
+        while True:
+            if self._depth:
+                piece = self._arguments()
+                if piece.arguments:
+                    pieces.append(piece)
+            skipped = min(len(self._unread), len(self._rest)) if not self._depth else 0
+            self._rest, self._unread = self._rest[skipped:], self._unread[skipped:]
+            if self._depth or self._unread:
+                break
+            start = self._text_end()
+            shown, self._rest = shown + self._rest[:start], self._rest[start:]
+            head = self._head.match(self._rest)
+            if self._is_text or head is None:
+                break
+            self._rest = self._rest[head.end() :]
+            call = _call(self._call_key, len(self.calls), json.loads(head[1]), "{")
+            self.calls.append(call)
+            pieces.append(CallPiece((call["id"], call["function"]["name"]), "{", False))
+            self._depth = 1
+        return self._show(shown), pieces
+
+    def finish(self) -> tuple[str, list[CallPiece]]:
+        """Returns what is left when the reply is over."""
+        rest, self._rest = self._rest, ""
+        return self._show(rest, final=not self.calls), []
+
+    def _text_end(self) -> int:
+        """How much of the rest is text for certain."""
+        if self._family == "hermes":
+            return _marker_start(self._rest, "<tool_call>")
+        begun = self._rest.lstrip()
+        self._is_text |= not self.calls and bool(begun) and begun[0] != "{" and not _begins(begun, "<|python_tag|>")
+        return len(self._rest) if self._is_text else 0
+
+    def _arguments(self) -> CallPiece:
+        """Takes as much of the rest as belongs to the arguments of the call in hand."""
+        end = 0
+        for character in self._rest:
+            end += 1
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = character == "\\", character != '"'
+            else:
+                self._in_string = character == '"'
+                self._depth += (character in "{[") - (character in "}]")
+                if not self._depth:
+                    self._unread = self._tail
+                    break
+        written, self._rest = self._rest[:end], self._rest[end:]
+        self.calls[-1]["function"]["arguments"] += written
+        return CallPiece(None, written, not self._depth)
+
+    def _show(self, text: str, final: bool = False) -> str:
+        shown = self._space + text
+        kept = shown if final else shown.rstrip()
+        self._space = shown[len(kept) :]
+        self.content += kept
+        return kept
+
+
+def _begins(text: str, marker: str) -> bool:
+    """Whether the text begins with the marker, as far as it goes."""
+    return text.startswith(marker) or marker.startswith(text)
+
+
+def _call(key: str, position: int, name: str, arguments: str) -> dict:
+    """A call in OpenAI's form, with the id that `ReplyParser` tells of."""
+    digest = hashlib.blake2b(f"{key}\0{position}\0{name}".encode(), digest_size=15).digest()
+    call_id = base64.b32encode(digest).decode("ascii")[:9].lower()
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+# What `guided` has a call begin with, up to its arguments' first bracket, and what ends it behind their last.
+_NAME = r'\{"name": ("(?:[^"\\]|\\.)*"), '
+_CALL_FORMS = {
+    "hermes": (re.compile(rf'<tool_call>\n{_NAME}"arguments": \{{'), "}\n</tool_call>"),
+    "llama3": (re.compile(rf'(?:<\|python_tag\|>|; ?)?{_NAME}"parameters": \{{'), "}"),
+}
 
 
 def without_tool_support(messages: Sequence[dict], tools: Sequence[dict] | None) -> list[dict]:

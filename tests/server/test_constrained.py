@@ -170,3 +170,69 @@ def test_in_training_the_distribution_is_the_servers_and_the_form_the_agents(ser
     assert [call.constrained for call in record.calls] == [False, True]
     marked = [row.on_policy[row.loss_mask].tolist() for row in rows.build([record], np.array([True]), None)]
     assert sorted(map(all, marked)) == [False, True] and sorted(map(any, marked)) == [False, True]
+
+
+NAMED = {"type": "function", "function": {"name": "second"}}
+
+
+def streamed_calls(client, **options) -> tuple[list[list[str]], str]:
+    """Each call's name and the pieces of its arguments; the finish reason."""
+    calls, reason = [], None
+    for chunk in create(client, stream=True, **options):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            if delta.id is not None:
+                calls.append([delta.function.name])
+            calls[delta.index].append(delta.function.arguments)
+        reason = chunk.choices[0].finish_reason or reason
+    return calls, reason
+
+
+@pytest.mark.parametrize("asked", ["required", "named", "strict"])
+def test_arguments_of_a_call_that_a_grammar_holds_come_in_pieces(client, serving, asked):
+    options = {"tools": TOOLS, "parallel_tool_calls": False, "tool_choice": NAMED if asked == "named" else "required"}
+    if asked == "strict":  # text and then calls, the model decides: it likes to call
+        (marker,) = serving.policy.tokenizer.encode("<tool_call>")
+        strict = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+        options |= {"tools": strict, "tool_choice": "auto", "logit_bias": {str(marker): 100}}
+    ((name, *pieces),), reason = streamed_calls(client, **options)
+    (whole,) = create(client, **options).choices[0].message.tool_calls
+    assert name == whole.function.name and reason == "tool_calls"
+    assert len([piece for piece in pieces if piece]) > 1
+    assert json.loads("".join(pieces)) == json.loads(whole.function.arguments) and json.loads("".join(pieces))["n"]
+
+
+def test_a_held_call_that_is_cut_short(client):
+    """A stream has begun to tell of it; a reply as a whole gives it as text."""
+    options = {"tools": TOOLS, "tool_choice": NAMED, "max_tokens": 38}
+    ((name, *pieces),), reason = streamed_calls(client, **options)
+    assert (name, reason) == ("second", "length") and "".join(pieces).startswith("{") and "}" not in "".join(pieces)
+    (choice,) = create(client, **options).choices
+    assert choice.message.tool_calls is None and choice.message.content.startswith("<tool_call>")
+
+
+def test_pieces_in_the_other_dialects(serving):
+    """Their packages put the pieces together; and the call as they send it back goes on from its ids."""
+    job, leases, ids = serving.open(mode="evaluate")
+    url = serving.model_api(leases[0])
+    tools = [{"name": name, "input_schema": SMALL} for name in ("first", "second")]
+    choice = {"type": "tool", "name": "second", "disable_parallel_tool_use": True}
+    with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as agent:
+        options = {"model": "m", "max_tokens": 250, "tools": tools, "tool_choice": choice}
+        with agent.messages.stream(messages=USER, **options) as stream:
+            pieces = [event.partial_json for event in stream if event.type == "input_json"]
+            message = stream.get_final_message()
+        (block,) = message.content
+        result = {"type": "tool_result", "tool_use_id": block.id, "content": "5"}
+        turns = [{"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+        agent.messages.create(messages=[*USER, *turns], **options)
+    assert len(pieces) > 1 and json.loads("".join(pieces)) == block.input and block.input["n"] in (1, 22)
+    with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as agent:
+        tools = [tool["function"] | {"type": "function", "strict": False} for tool in TOOLS]
+        choice = {"type": "function", "name": "second"}
+        options = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 250}
+        with agent.responses.stream(model="m", input="2+2?", **options) as stream:
+            pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+            (item,) = stream.get_final_response().output[:1]
+    assert len(pieces) > 1 and json.loads("".join(pieces)) == json.loads(item.arguments) and item.status == "completed"
+    (record,) = serving.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0, None]

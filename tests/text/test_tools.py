@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_jax.text import canonical_messages, family_of, parse_reply
-from lightning_jax.text.tools import ReplyParser
+from lightning_jax.text.tools import PieceParser, ReplyParser
 
 TOOL = {
     "type": "function",
@@ -153,6 +153,51 @@ def test_text_and_calls_come_as_soon_as_they_are_certain(family, pieces, shown):
     for piece, expected in zip(pieces, shown, strict=True):
         text, calls = parser.push(piece)
         assert ([name for name, _ in simple(calls)] or text) == expected
+
+
+HELD = {  # replies as `guided` has calls written
+    "hermes": [
+        'Hm.\n<tool_call>\n{"name": "f", "arguments": {"a": {"b": [1, {}]}, "c": "}\\\\\\"{é"}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": {"x":1}}\n</tool_call>',
+        " 2 + 2 <tool\n",
+    ],
+    "llama3": [
+        '<|python_tag|>{"name": "f", "parameters": {"s": "]}\\\\"}}',
+        '{"name": "f", "parameters": {"a": []}}; {"name": "g", "parameters": {}}',
+        " 2 + 2 {",
+    ],
+}
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("family", HELD)
+def test_calls_in_pieces_are_the_calls_as_a_whole(family, data):
+    text = data.draw(st.sampled_from(HELD[family]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    parser = PieceParser(family, "key")
+    taken = [parser.push(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    taken.append(parser.finish())
+    calls = []
+    for piece in [piece for _, pieces in taken for piece in pieces]:
+        if piece.begun is not None:
+            calls.append([*piece.begun, ""])
+        calls[-1][-1] += piece.arguments
+    content, whole = parse_reply(text, family, "key")
+    assert "".join(shown for shown, _ in taken) == parser.content == content
+    assert [(call_id, name) for call_id, name, _ in calls] == [(c["id"], c["function"]["name"]) for c in whole]
+    assert [json.loads(call[-1]) for call in calls] == [json.loads(c["function"]["arguments"]) for c in whole]
+    assert [call["function"]["arguments"] for call in parser.calls] == [call[-1] for call in calls]
+
+
+def test_arguments_flow_before_a_call_is_over():
+    parser = PieceParser("hermes")
+    assert parser.push('So:\n<tool_call>\n{"name": "f", "argu') == ("So:", [])
+    _, (begun, piece) = parser.push('ments": {"a": 1')
+    assert (begun.begun[1], begun.arguments + piece.arguments, piece.complete) == ("f", '{"a": 1', False)
+    _, (piece,) = parser.push("2}}\n</tool_")
+    assert (piece.arguments, piece.complete) == ("2}", True)
+    assert parser.push("call>") == parser.finish() == ("", [])
 
 
 def test_call_ids():
