@@ -135,6 +135,16 @@ class Policy:
         self._engine.cancel(request_id)
         self._device.wake()
 
+    def score(self, token_ids: Sequence[int]) -> concurrent.futures.Future:
+        """Log-probs of a sequence, at temperature 1 under the weights that are sampled from.
+
+        Between two rounds of sampling, in one forward; the first one of a length's power of two is compiled then.
+
+        Returns:
+            The future of a `sampler.scoring.Scores`.
+        """
+        return self._device.run(self._engine.score, list(token_ids))
+
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles the sampler's programs."""
         self._device.run(self._engine.warmup, progress).result()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightning_jax.model.llama import LlamaConfig, Params
-from lightning_jax.sampler import executor, programs, scheduler
+from lightning_jax.sampler import executor, programs, scheduler, scoring
 from lightning_jax.sampler.request import MAX_STOP_IDS, Completion, QueueFull, Request, SamplingParams, noise_key
 from lightning_jax.sampler.shaping import Shape
 
@@ -202,6 +202,10 @@ class Engine:
     def replay(self, dispatch: Callable[..., object], *args) -> None:
         """Makes a dispatch that another process's engine told of."""
         dispatch(self._executor, *args)
+
+    def score(self, token_ids: list[int]) -> scoring.Scores:
+        """Log-probs of a sequence under the weights that are sampled from."""
+        return self._executor.score(token_ids)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program that requests can need. `progress(done, total)` is called after each."""

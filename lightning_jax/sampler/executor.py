@@ -1,6 +1,6 @@
 """What lives on the device, and the dispatches: the scheduler's plans become arrays here.
 
-Nothing in this file waits for the device.
+Nothing in this file waits for the device, but `Executor.score`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import LlamaConfig, Params
-from lightning_jax.sampler import kv_cache, programs, sampling, shaping
+from lightning_jax.sampler import kv_cache, programs, sampling, scoring, shaping
 from lightning_jax.sampler.scheduler import PrefillBatch, Sequence
 
 
@@ -94,6 +94,13 @@ class Executor:
             params = jax.device_put(params, self._sharding((), ()))
         with self._device():
             self._params = self._programs.prepare_params(params, dtype=self._dtype)
+
+    def score(self, token_ids: list[int]) -> scoring.Scores:
+        """Log-probs of a sequence under the weights in use."""
+        if self._tell is not None:
+            self._tell(Executor.score, token_ids)
+        with self._device():
+            return scoring.score(self._params, self._config, token_ids)
 
     def prefill(self, batch: PrefillBatch) -> None:
         """Dispatches one prefill."""

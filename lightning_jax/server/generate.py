@@ -102,9 +102,13 @@ class Generator:
             request, prepared, attempt, policy=self.policy, store=self._store, family=self._family, on_nothing=forget
         )
 
+    def prompt_ids(self, request: GenerateRequest, attempt: Attempt | None) -> list[int]:
+        """The tokens of the request's prompt. Raises ApiError."""
+        return self._prompt(request, self._earlier(attempt))[1].ids
+
     def count_tokens(self, request: GenerateRequest, attempt: Attempt | None) -> int:
         """How many tokens the request's prompt has. Raises ApiError."""
-        return len(self._prompt(request, self._earlier(attempt))[1].ids)
+        return len(self.prompt_ids(request, attempt))
 
     # ---- the prompt and the sampling parameters ----
 

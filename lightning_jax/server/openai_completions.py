@@ -1,11 +1,13 @@
 """OpenAI completions <-> generate's types: a text, or token ids, written on."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 
 import pydantic
 from fastapi import Request, Response
 
+from lightning_jax.policy import Policy
 from lightning_jax.server import openai_shared, wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
 from lightning_jax.server.generation import Generation
@@ -22,6 +24,7 @@ class CompletionRequest(openai_shared.SamplingBody):
 
     prompt: str | list[str] | list[int] | list[list[int]] = pydantic.Field(min_length=1)
     echo: bool | None = None
+    max_tokens: int | None = pydantic.Field(None, ge=0)  # 0 with echo: the prompt alone, and its log-probs
     logprobs: int | None = pydantic.Field(None, ge=0, le=20)
 
 
@@ -36,7 +39,15 @@ async def completions(request: Request) -> Response:
     generations: list[Generation] = []
     try:
         for prompt in writer.prompts:
-            generations.append(await generator.start(_request(body, prompt), attempt))
+            asked = _request(body, prompt)
+            if body.max_tokens == 0:
+                writer.add_echo(generator.prompt_ids(asked, attempt))
+            else:
+                generations.append(await generator.start(asked, attempt))
+                writer.add_echo(generations[-1].prompt_ids)
+        await writer.score(generator.policy)
+        if body.max_tokens == 0:
+            return writer.without_samples()
         if body.stream:
             return wire.EventStream(generations, writer.events(generations, request), openai_shared.error_event)
         replies = [generation.reply(request.receive) for generation in generations]
@@ -59,8 +70,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _request(body: CompletionRequest, prompt: str | list[int]) -> GenerateRequest:
-    if body.echo and body.logprobs is not None:
-        raise ApiError("echo with logprobs is not supported: a prompt's log-probs are not computed", param="logprobs")
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError("max_tokens: 0 is for echo alone", param="max_tokens")
     return GenerateRequest(
         dialect="openai_completions",
         prompt=prompt,
@@ -77,16 +88,53 @@ class _Writer:
     def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, model: str):
         self._body, self._tokenizer, self.prompts = body, tokenizer, _prompts(body)
         self._envelope = openai_shared.envelope("cmpl", "text_completion", model)
+        self._echoes: list[_Echo] = []
+
+    def add_echo(self, prompt_ids: Sequence[int]) -> None:
+        """Prepares what is said of the next prompt."""
+        prompt = self.prompts[len(self._echoes)]
+        text = ""
+        if self._body.echo:
+            text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        self._echoes.append(_Echo(prompt_ids, text))
+
+    async def score(self, policy: Policy) -> None:
+        """Gives the echoed prompts their log-probs, if these are asked for."""
+        if not self._body.echo or self._body.logprobs is None:
+            return
+        for echo in self._echoes:
+            scores = await asyncio.wrap_future(policy.score(echo.prompt_ids))
+            tops = [
+                list(zip(ids.tolist(), logprobs.tolist(), strict=True))[: self._body.logprobs]
+                for ids, logprobs in zip(scores.top_ids, scores.top_logprobs, strict=True)
+            ]
+            first, *others = echo.prompt_ids
+            logprobs = scores.logprobs.tolist()
+            sampled = Delta(0, "", [], [first, *others], [0.0, *logprobs], len(logprobs) + 1, None, [[], *tops])
+            # A beginning of the tokenizer's own is a token of the prompt, and no part of its text.
+            unseen = first == self._tokenizer.bos_id and not echo.text.startswith(self._tokenizer.decode([first]))
+            echo.logprobs = self._logprobs(sampled, -len(self._tokenizer.decode([first])) if unseen else 0)
+            echo.logprobs["token_logprobs"][0] = echo.logprobs["top_logprobs"][0] = None  # nothing comes before it
+            echo.logprobs["text_offset"][0] = 0
+
+    def without_samples(self) -> Response:
+        """The reply to a request for no new token."""
+        nothing = Choice("", [], [], [], 0, "length", None)
+        choices = []
+        for echo in self._echoes:
+            for _ in range(self._body.n or 1):
+                choices.append(self._choice(len(choices), echo, "", nothing, "length", 0))
+        usage = openai_shared.usage(sum(len(echo.prompt_ids) for echo in self._echoes), 0, 0)
+        content = self._envelope | {"choices": choices, "usage": usage}
+        if not self._body.stream:
+            return wire.json_response(content)
+        return Response(wire.event(content) + openai_shared.DONE, media_type="text/event-stream")
 
     def response(self, replies: Sequence[GenerateReply]) -> dict:
         choices = []
-        for prompt, reply in zip(self.prompts, replies, strict=True):
+        for echo, reply in zip(self._echoes, replies, strict=True):
             for choice in reply.choices:
-                text = self._echo(prompt) + choice.content
-                written = self._choice(len(choices), text, choice, choice.finish_reason, 0)
-                if self._body.return_token_ids:
-                    written["prompt_token_ids"] = reply.prompt_ids
-                choices.append(written)
+                choices.append(self._choice(len(choices), echo, choice.content, choice, choice.finish_reason, 0))
         counts = [sum(len(reply.prompt_ids) for reply in replies), sum(reply.completion_tokens for reply in replies)]
         usage = openai_shared.usage(*counts, sum(reply.cached_tokens for reply in replies))
         return self._envelope | {"choices": choices, "usage": usage}
@@ -106,37 +154,39 @@ class _Writer:
                 content["usage"] = usage() if options.continuous_usage_stats else None
             return wire.event(content)
 
-        for position, (prompt, generation) in enumerate(zip(self.prompts, generations, strict=True)):
-            echoes = [self._echo(prompt)] * samples
-            lengths = [0] * samples
+        for position, (echo, generation) in enumerate(zip(self._echoes, generations, strict=True)):
+            begun, lengths = [False] * samples, [0] * samples  # of each sample; how long its text is so far
             async for delta in generation.events(request.receive):
                 if delta is None:
                     yield wire.COMMENT
                     continue
-                reason = delta.choice.finish_reason if delta.choice is not None else None
-                if not (echoes[delta.index] or delta.content or delta.token_ids or reason):
+                i, reason = delta.index, delta.choice.finish_reason if delta.choice is not None else None
+                if not (delta.content or delta.token_ids or reason):
                     continue
-                text = echoes[delta.index] + delta.content
-                choice = self._choice(position * samples + delta.index, text, delta, reason, lengths[delta.index])
-                if self._body.return_token_ids and not lengths[delta.index]:
-                    choice["prompt_token_ids"] = generation.prompt_ids
-                echoes[delta.index] = ""
-                lengths[delta.index] += len(text)
+                opening = None if begun[i] else echo
+                choice = self._choice(position * samples + i, opening, delta.content, delta, reason, lengths[i])
+                begun[i] = True
+                lengths[i] += len(choice["text"])
                 yield chunk(choice)
         if options.include_usage:
             yield wire.event(self._envelope | {"choices": [], "usage": usage()})
         yield openai_shared.DONE
 
-    def _echo(self, prompt: str | list[int]) -> str:
-        if not self._body.echo:
-            return ""
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
-    def _choice(self, index: int, text: str, sampled: Choice | Delta, reason: str | None, offset: int) -> dict:
-        logprobs = self._logprobs(sampled, offset) if self._body.logprobs is not None else None
+    def _choice(
+        self, index: int, echo: "_Echo | None", text: str, sampled: Choice | Delta, reason: str | None, offset: int
+    ) -> dict:
+        """A sample, or what is new of it; `echo` where it begins."""
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = self._logprobs(sampled, offset if echo is None else len(echo.text))
+            if echo is not None and echo.logprobs is not None:
+                logprobs = {name: echo.logprobs[name] + logprobs[name] for name in logprobs}
+        text = text if echo is None else echo.text + text
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if self._body.return_token_ids:
             choice["token_ids"] = sampled.token_ids
+            if echo is not None:
+                choice["prompt_token_ids"] = echo.prompt_ids
         return choice
 
     def _logprobs(self, sampled: Choice | Delta, offset: int) -> dict:
@@ -149,6 +199,15 @@ class _Writer:
             tops.append({_spelling(likely): likely["logprob"] for likely in [*entry["top_logprobs"], entry]})
         logprobs = [entry["logprob"] for entry in entries]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+@dataclasses.dataclass
+class _Echo:
+    """A prompt: its ids, what a reply repeats of its text, and the log-probs of that if they are asked for."""
+
+    prompt_ids: Sequence[int]
+    text: str
+    logprobs: dict | None = None
 
 
 def _spelling(entry: dict) -> str:

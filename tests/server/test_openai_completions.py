@@ -4,6 +4,10 @@ import openai
 import pytest
 from openai.types import Completion
 
+from lightning_jax.model import weights
+
+from .conftest import full_logprobs
+
 IDS = {"return_token_ids": True}
 
 
@@ -53,6 +57,33 @@ def test_every_form_of_prompt(client, serving):
     assert create(client, ids, echo=True, temperature=0).choices[0].text == "One two" + text
 
 
+@pytest.mark.parametrize("max_tokens", [0, 6])
+def test_an_echoed_prompt_has_log_probs(client, random_model, max_tokens):
+    """The first token's are null; the others are those of a plain forward over prompt and reply."""
+    options = {"echo": True, "logprobs": 3, "max_tokens": max_tokens, "n": 2, "seed": 1}
+    # Not held against the package's type, which does not know of the documented null.
+    reply = client.completions.create(model="m", prompt="One two", extra_body=IDS, **options)
+    assert [choice.index for choice in reply.choices] == [0, 1] and reply.usage.completion_tokens == 2 * max_tokens
+    config, params = weights.load_model(random_model)
+    for choice in reply.choices:
+        ids, logprobs = [*choice.prompt_token_ids, *choice.token_ids], choice.logprobs
+        expected_tv = full_logprobs(config, params, ids)[:-1]
+        expected_t = expected_tv[range(len(ids) - 1), ids[1:]].tolist()
+        assert len(choice.token_ids) == max_tokens and choice.text.startswith("One two")
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        assert logprobs.token_logprobs[1:] == pytest.approx(expected_t, abs=1e-4)
+        for top, expected_v in zip(logprobs.top_logprobs[1:], expected_tv, strict=True):
+            assert max(top.values()) == pytest.approx(expected_v.max(), abs=1e-4) and 3 <= len(top) <= 4
+        assert logprobs.text_offset[:7] == list(range(7)) and "".join(logprobs.tokens[:7]) == "One two"
+    chunks = list(client.completions.create(model="m", prompt="One two", stream=True, **options))
+    for i, choice in enumerate(reply.choices):
+        mine = [c.logprobs for chunk in chunks for c in chunk.choices if c.index == i]
+        offsets = [x for piece in mine for x in piece.text_offset]
+        assert offsets[:8] == choice.logprobs.text_offset[:8] == list(range(8))[: 7 + max_tokens]
+        streamed = [x for piece in mine for x in piece.token_logprobs]
+        assert streamed[0] is None and streamed[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-5)
+
+
 def test_a_stream_is_the_reply_in_pieces(client):
     options = {"prompt": ["One", "Two"], "n": 2, "seed": 5, "echo": True}
     whole = create(client, **options)
@@ -83,7 +114,7 @@ def test_a_stream_is_the_reply_in_pieces(client):
         ({"prompt": [1, 10**7]}, "vocabulary"),
         ({"prompt": [1, 10**20]}, "vocabulary"),
         ({"prompt": "x" * 300}, "context length is 256"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 0}, "echo"),
         ({"prompt": ["a"] * 1000, "n": 2}, "1024"),
     ],
 )
