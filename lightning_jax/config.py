@@ -25,7 +25,7 @@ from ml_collections import config_dict
 
 from agent_lightning import cli
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config_models
+from lightning_jax import config_algorithm, config_models
 from lightning_jax.config_rules import RULES
 
 # The reference's variable names. Those that only an agent's side reads are listed so that they are not taken for typos.
@@ -41,11 +41,6 @@ ENVIRONMENT = {
     "JAX_PROCESS_ID": "distributed.process_id",
 }
 AGENT_ENVIRONMENT = ("AGENT_LIGHTNING_SERVER_URL", "LIGHTNING_ENABLE_AIR", "LIGHTNING_MAX_RETRIES")
-
-_LATER_ALGORITHMS = ("reinforce++",)
-_PPO_ONLY = tuple(
-    f"algorithm.{name}" for name in "actor_lr critic_lr critic critic_warmup gamma gae_lambda value_clip".split()
-)
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -70,29 +65,7 @@ def default_config() -> config_dict.ConfigDict:
     # learning_rate (None: algorithm.learning_rate). The first is the one that agents get by default.
     c.models = config_dict.ConfigDict()
 
-    c.algorithm = algorithm = config_dict.ConfigDict()
-    algorithm.name = "grpo"
-    algorithm.group_size = 8  # rollouts of each task in a step
-    algorithm.learning_rate = 5e-7  # AdamW, after the warm-up
-    algorithm.warmup_steps = 0  # updates over which the learning rate rises linearly from 0
-    algorithm.weight_decay = 0.0
-    algorithm.adam_b1 = 0.9
-    algorithm.adam_b2 = 0.999
-    algorithm.max_grad_norm = 1.0  # the gradient's global norm is clipped to this
-    algorithm.kl_coef = 0.001  # weight of KL(policy || initial model) in the loss; at 0 no reference is kept
-    algorithm.clip_range = 0.2  # the probability ratio is clipped to 1 +- this
-    algorithm.entropy_coef = 0.01  # weight of the entropy bonus
-    algorithm.credit = "trajectory"  # every call has the trajectory's advantage; "step": each by the rewards from it on
-    algorithm.shuffle_rewards = False  # a control: rewards change places within the batch, so nothing can be learned
-    algorithm.ppo_epochs = 1  # passes of an update over its rows
-    algorithm.mini_batches = 1  # optimizer steps in each pass, with a part of the rows each
-    algorithm.actor_lr = config_dict.placeholder(float)  # PPO alone, like those below; None: learning_rate
-    algorithm.critic_lr = config_dict.placeholder(float)  # None: 1e-5
-    algorithm.critic = config_dict.placeholder(str)  # "copy": a trunk of its own; "shared": it reads the policy's
-    algorithm.critic_warmup = config_dict.placeholder(int)  # first updates, in which only the critic learns; None: 0
-    algorithm.gamma = config_dict.placeholder(float)  # discount from a sampled token to the next; None: 1
-    algorithm.gae_lambda = config_dict.placeholder(float)  # None: 0.95
-    algorithm.value_clip = config_dict.placeholder(float)  # how far an update may move a value; None: 0.2
+    c.algorithm = config_algorithm.default()
 
     c.runtime = runtime = config_dict.ConfigDict()
     runtime.max_seq_len = 4096  # tokens of a conversation, prompt and replies together
@@ -164,23 +137,19 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
         raise InvalidConfigError(f"{key} {problem} ({sources.get(key, 'default')})", hint=hint)
 
     value_of = dict(flatten(config))
-    if config.algorithm.name in _LATER_ALGORITHMS:
-        there = " and ".join(map(repr, RULES["algorithm.name"].choices))
-        fail("algorithm.name", f"{config.algorithm.name!r} is not there yet", f"this version trains with {there}")
     for key, rule in [*RULES.items(), *config_models.rules(config, RULES)]:
         value = value_of[key]
-        if not (value is None and key in _PPO_ONLY) and not rule.holds(value):
+        if value is not None and not rule.holds(value):
             fail(key, f"must be {rule.text}, not {value!r}", _did_you_mean(str(value), rule.choices))
-    if wrong := config_models.contradiction(config, sources):
+    contradictions = (
+        config_models.contradiction(config, sources),
+        config_algorithm.contradiction(config),
+    )
+    for wrong in filter(None, contradictions):
         fail(*wrong)
     for key, value in value_of.items():
         if key.endswith(".frozen") and value and value_of[f"{key.removesuffix('frozen')}lora_rank"]:
             fail(key, "says which of the model's parameters stay, and with lora_rank they all do", "remove one of them")
-    for key in _PPO_ONLY:
-        if value_of[key] is not None and config.algorithm.name != "ppo":
-            fail(key, f"is PPO's, and algorithm.name is {config.algorithm.name!r}", "remove it")
-    if config.algorithm.name == "ppo" and config.algorithm.credit == "step":
-        fail("algorithm.credit", "'step' is for advantages of groups, and 'ppo' has those of its critic", "remove it")
     if config.runtime.batch_size % config.algorithm.group_size:
         fail(
             "runtime.batch_size",

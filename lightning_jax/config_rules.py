@@ -28,9 +28,9 @@ def _is_pattern(text: str) -> bool:
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FRACTION = Rule(lambda v: 0 < v < 1, "between 0 and 1")
 _POSITIVE = Rule(lambda v: v > 0, "greater than 0")
 _DECAY = Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
-_FRACTION = Rule(lambda v: 0 <= v <= 1, "between 0 and 1")
 _POWER_OF_TWO = Rule(lambda v: v > 0 and v & (v - 1) == 0, "a power of two")
 RULES = {
     "mode": _one_of("serve", "train", "evaluate", "plan"),
@@ -46,18 +46,29 @@ RULES = {
         f"'all-linear' or some of {', '.join(LORA_TARGETS)}, with commas between them",
     ),
     "model.frozen": Rule(_is_pattern, "a regular expression"),
-    "algorithm.name": _one_of("grpo", "ppo"),
+    "algorithm.name": _one_of("grpo", "ppo", "rloo", "reinforce++", "reinforce++-baseline"),
+    "algorithm.scale_rewards": _one_of("group", "batch", "none"),
+    "algorithm.loss_mode": _one_of("clip", "gspo", "cispo"),
+    "algorithm.loss_aggregation": _one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"),
+    "algorithm.kl_estimator": _one_of("k1", "k2", "k3", "k3+"),
+    "algorithm.importance_correction": _one_of(
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ),
+    "algorithm.importance_cap": _at_least(1),
+    "algorithm.clip_low": _FRACTION,
+    "algorithm.clip_high": _POSITIVE,
+    "algorithm.dual_clip": Rule(lambda v: v > 1, "greater than 1"),
+    "algorithm.gamma": Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "algorithm.credit": _one_of("trajectory", "step"),
     "algorithm.adam_b1": _DECAY,
     "algorithm.adam_b2": _DECAY,
     "algorithm.max_grad_norm": _POSITIVE,
-    "algorithm.clip_range": Rule(lambda v: 0 < v < 1, "between 0 and 1"),
+    "algorithm.clip_range": _FRACTION,
     "algorithm.actor_lr": _at_least(0),
     "algorithm.critic_lr": _at_least(0),
     "algorithm.critic": _one_of("copy", "shared"),
     "algorithm.critic_warmup": _at_least(0),
-    "algorithm.gamma": _FRACTION,
-    "algorithm.gae_lambda": _FRACTION,
+    "algorithm.gae_lambda": Rule(lambda v: 0 <= v <= 1, "between 0 and 1"),
     "algorithm.value_clip": _POSITIVE,
     "runtime.remat": _one_of("none", "dots", "full"),
     "sampler.page_size": _POWER_OF_TWO,
@@ -71,8 +82,8 @@ RULES = {
 _SMALLEST = {  # section -> smallest value -> names
     "model": {0: "lora_rank", 1: "tensor_parallel"},
     "algorithm": {
-        0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef",
-        1: "ppo_epochs mini_batches",
+        0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef overlong_buffer",
+        1: "ppo_epochs mini_batches max_gen_batches",
         2: "group_size",
     },
     "runtime": {

@@ -1,12 +1,74 @@
-"""Recorded rollouts to training rows: each model's calls to rows of its own."""
+"""Recorded rollouts to training rows: each model's calls to rows of its own, and what the rollouts earned."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+import ml_collections
 import numpy as np
 
+from lightning_jax import outcomes
 from lightning_jax.rl import advantages, credit, trajectory
 from lightning_jax.store import CallRecord, RolloutRecord
+
+
+def of_step(
+    records: Sequence[RolloutRecord], config: ml_collections.ConfigDict, models: Sequence[str], step: int
+) -> tuple[dict[str, list[trajectory.Row]], np.ndarray, np.ndarray]:
+    """What a training step learns from, as `Policies.update` takes it.
+
+    Args:
+        records: the step's rollouts.
+        config: the run's; its section `algorithm` says what counts.
+        models: the names of those that learn.
+        step: its number, for the noise of `algorithm.shuffle_rewards`.
+
+    Returns:
+        By model, the rows of the rollouts that are trained on.
+        return_n: [N] float32, the rollouts' total rewards as they are trained on; NaN for those left out.
+        group_n: [N] int32, the group of each.
+    """
+    a = config.algorithm
+    if a.overlong_buffer:
+        records = [_with_overlong_penalty(r, config.sampler.max_tokens, a.overlong_buffer) for r in records]
+    return_n = np.array([outcomes.total_reward(r) for r in records], np.float32)
+    group_n = np.array([r.group for r in records], np.int32)
+    if a.shuffle_rewards:
+        return_n = _shuffled(return_n, np.random.default_rng((config.seed, step)))
+    rewards = call_rewards(records, return_n, is_shuffled=a.shuffle_rewards)
+    if a.filter_groups:
+        return_n[advantages.zero_variance_groups(return_n, group_n)] = np.nan
+    credits = step_advantages(records, rewards, return_n, group_n) if a.credit == "step" else None
+    trained_n = advantages.trained_rollouts(return_n, group_n)
+    rows = {
+        name: build(
+            records, trained_n, name if len(models) > 1 else None, credits, rewards, mask_truncated=a.mask_truncated
+        )
+        for name in models
+    }
+    return rows, return_n, group_n
+
+
+def informative_groups(records: Sequence[RolloutRecord], config: ml_collections.ConfigDict) -> int:
+    """How many groups `algorithm.filter_groups` leaves."""
+    _, return_n, group_n = of_step(records, config, [], 0)
+    return len(np.unique(group_n[np.isfinite(return_n)]))
+
+
+def _shuffled(return_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rewards dealt out anew among the step's surviving rollouts: the control that must not learn."""
+    survivor_n = np.flatnonzero(np.isfinite(return_n))
+    shuffled_n = return_n.copy()
+    shuffled_n[survivor_n] = return_n[rng.permutation(survivor_n)]
+    return shuffled_n
+
+
+def _with_overlong_penalty(record: RolloutRecord, longest: int, buffer: int) -> RolloutRecord:
+    """The rollout with its calls' rewards less what their lengths cost."""
+    calls = [
+        dataclasses.replace(call, reward=call.reward + credit.overlong_penalty(len(call.sampled_ids), longest, buffer))
+        for call in record.calls
+    ]
+    return dataclasses.replace(record, calls=calls)
 
 
 def calls_of(record: RolloutRecord, model: str | None) -> list[CallRecord]:
@@ -61,6 +123,8 @@ def build(
     model: str | None = None,
     call_advantages: Sequence[dict[int, float]] | None = None,
     rewards: Sequence[np.ndarray] | None = None,
+    *,
+    mask_truncated: bool = False,
 ) -> list[trajectory.Row]:
     """The rows of a step's rollouts.
 
@@ -71,14 +135,17 @@ def build(
         call_advantages: from `step_advantages`; None where a rollout's advantage is that of all its calls.
         rewards: from `call_rewards`; None where nobody asks for `Row.reward`. What a call earned that is in no row (it
             is another model's, or sampled nothing) counts for the call before it: it came after that one's tokens.
+        mask_truncated: calls that were cut off at their length are context alone (DAPO, arXiv:2503.14476, section 3.4,
+            overlong filtering); their rollouts' rewards count all the same.
     """
 
     def token_calls(i: int, record: RolloutRecord) -> list[trajectory.TokenCall]:
         of_call = call_advantages[i] if call_advantages is not None else {}
         calls = calls_of(record, model)
-        reward_j = np.zeros(len(calls)) if rewards is None else _earned(record, calls, rewards[i])
+        masked = {call.index for call in calls if mask_truncated and call.finish_reason == "length"}
+        reward_j = np.zeros(len(calls)) if rewards is None else _earned(record, calls, rewards[i], masked)
         return [
-            _token_call(call, float(reward), of_call.get(call.index))
+            _token_call(call, float(reward), of_call.get(call.index), call.index in masked)
             for call, reward in zip(calls, reward_j, strict=True)
         ]
 
@@ -90,10 +157,10 @@ def build(
     ]
 
 
-def _earned(record: RolloutRecord, calls: Sequence[CallRecord], reward_j: np.ndarray) -> np.ndarray:
-    """[len(calls)] float64: the rewards of all the record's calls, each at the last of `calls` with tokens by then."""
+def _earned(record: RolloutRecord, calls: Sequence[CallRecord], reward_j: np.ndarray, masked: Set[int]) -> np.ndarray:
+    """[len(calls)] float64: the rewards of all the record's calls, each at the last of `calls` trained on by then."""
     earned = np.zeros(len(calls))
-    with_tokens = {call.index: n for n, call in enumerate(calls) if len(call.sampled_ids)}
+    with_tokens = {call.index: n for n, call in enumerate(calls) if len(call.sampled_ids) and call.index not in masked}
     latest = None
     for call, reward in zip(record.calls, reward_j, strict=True):
         latest = with_tokens.get(call.index, latest)
@@ -102,7 +169,7 @@ def _earned(record: RolloutRecord, calls: Sequence[CallRecord], reward_j: np.nda
     return earned
 
 
-def _token_call(call: CallRecord, reward: float, advantage: float | None) -> trajectory.TokenCall:
+def _token_call(call: CallRecord, reward: float, advantage: float | None, masked: bool) -> trajectory.TokenCall:
     return trajectory.TokenCall(
         call_id=call.index,
         parent=call.parent,
@@ -114,4 +181,5 @@ def _token_call(call: CallRecord, reward: float, advantage: float | None) -> tra
         reward=reward,
         constrained=call.constrained,
         advantage=advantage,
+        masked=masked,
     )

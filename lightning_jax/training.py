@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -27,7 +28,7 @@ from agent_lightning.exceptions import TrainingError
 from lightning_jax import data, metrics, outcomes, rows, utilization
 from lightning_jax.job_state import Clock, History, StopFlag, Stopped
 from lightning_jax.policy import Policies
-from lightning_jax.rl import advantages, checkpoint
+from lightning_jax.rl import checkpoint
 from lightning_jax.store import CallRecord, RolloutEntry, RolloutRecord, Store
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class _Run:
         if total_steps:
             epochs = -(-total_steps // batches_per_epoch)
         total_steps = total_steps or epochs * batches_per_epoch
-        tasks = data.task_batches(self.store, self.data_id, tasks_per_step, epochs, config.seed)
+        most_epochs = epochs * config.algorithm.max_gen_batches
+        tasks = data.task_batches(self.store, self.data_id, tasks_per_step, most_epochs, config.seed)
 
         with metrics.MetricsWriter(
             self.workdir,
@@ -112,7 +114,7 @@ class _Run:
                     writer.write(0, row)
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
-                row = self._step(step, next(tasks))
+                row = self._step(step, next(tasks), tasks)
                 self.history.time_s = row["time/total_s"] = clock.seconds()
                 self.store.update_job(self.job_id, step=step - first)
                 self.store.add_event(self.job_id, "step", step, row)
@@ -149,11 +151,11 @@ class _Run:
         self.store.discard_after(self.job_id, kept)
         writer.truncate_after(kept)
 
-    def _step(self, step: int, tasks: list[data.TaskItem]) -> dict[str, float]:
+    def _step(self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator) -> dict[str, float]:
         """One update; returns its metrics."""
         start, idle_s = time.monotonic(), self.policies.idle_s
         before = {name: policy.sampler_metrics() for name, policy in self.policies.items()}
-        records = self._rollouts(step, tasks, "train")
+        records = self._training_rollouts(step, tasks, more_tasks)
         sampled, waited_s = time.monotonic(), self.policies.idle_s - idle_s
         version = self.policies.first.version
         self.history.failed += sum(record.status == "failed" for record in records)
@@ -161,18 +163,8 @@ class _Run:
 
         return_n = np.array([outcomes.total_reward(r) for r in records], np.float32)
         group_n = np.array([r.group for r in records], np.int32)
-        trained_return_n = self._shuffled(return_n, step) if self.config.algorithm.shuffle_rewards else return_n
-        trained_n = advantages.trained_rollouts(trained_return_n, group_n)
         several = len(self.policies) > 1
-        is_shuffled = self.config.algorithm.shuffle_rewards
-        rewards = rows.call_rewards(records, trained_return_n, is_shuffled=is_shuffled)
-        credits = None
-        if self.config.algorithm.credit == "step":
-            credits = rows.step_advantages(records, rewards, trained_return_n, group_n)
-        row_lists = {
-            name: rows.build(records, trained_n, name if several else None, credits, rewards) for name in self.policies
-        }
-        updates = self.policies.update(row_lists, trained_return_n, group_n)
+        updates = self.policies.update(*rows.of_step(records, self.config, list(self.policies), step))
 
         sample_s, train_s = sampled - start, time.monotonic() - sampled
         tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)
@@ -219,12 +211,18 @@ class _Run:
         """Metrics of a model under its name, where there are several models."""
         return metrics if len(self.policies) == 1 else {f"{name}/{key}": value for key, value in metrics.items()}
 
-    def _shuffled(self, return_n: np.ndarray, step: int) -> np.ndarray:
-        """The rewards dealt out anew among the step's surviving rollouts: the control that must not learn."""
-        survivor_n = np.flatnonzero(np.isfinite(return_n))
-        shuffled_n = return_n.copy()
-        shuffled_n[survivor_n] = return_n[np.random.default_rng((self.config.seed, step)).permutation(survivor_n)]
-        return shuffled_n
+    def _training_rollouts(self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator) -> list[RolloutRecord]:
+        """A step's rollouts; where `algorithm.max_gen_batches` allows, also of other tasks for groups left out."""
+        records = self._rollouts(step, tasks, "train")
+        wanted, opened = len(tasks), len(tasks)
+        for _ in range(self.config.algorithm.max_gen_batches - 1):
+            missing = wanted - rows.informative_groups(records, self.config)
+            more = next(more_tasks, [])[: max(0, missing)] if missing > 0 else []
+            if not more:
+                break
+            records += self._rollouts(step, more, "train", first_group=opened)
+            opened += len(more)
+        return records
 
     def _checkpoint(self, step: int, tasks) -> None:
         path = self.policies.save_checkpoint(
@@ -313,7 +311,9 @@ class _Run:
     # Both
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _rollouts(self, step: int, tasks: list[data.TaskItem], mode: str) -> list[RolloutRecord]:
+    def _rollouts(
+        self, step: int, tasks: list[data.TaskItem], mode: str, *, first_group: int = 0
+    ) -> list[RolloutRecord]:
         """Opens rollouts of these tasks and returns what became of them when workers have ended them all."""
         num_samples = self.spec.get("num_samples")
         samples = self.config.algorithm.group_size if mode == "train" else num_samples or 1
@@ -322,7 +322,7 @@ class _Run:
             given["num_samples"] = num_samples  # the model's default temperature depends on it
         entries = [
             RolloutEntry(task_id=item.task_id, task_index=item.task_index, group=group, sample=sample, task=item.task)
-            for group, item in enumerate(tasks)
+            for group, item in enumerate(tasks, start=first_group)
             for sample in range(samples)
         ]
         rollout_ids = self.store.open_rollouts(

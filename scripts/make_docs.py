@@ -95,10 +95,13 @@ def _default(value) -> str:
 
 def _settings_table() -> str:
     """Every setting with its default and the comment beside it in `default_config`."""
-    from lightning_jax import config
+    from lightning_jax import config, config_algorithm
 
     defaults = dict(config.flatten(config.default_config()))
     source = inspect.getsource(config.default_config)
+    section = "c.algorithm = config_algorithm.default()\n"
+    assert section in source
+    source = source.replace(section, inspect.getsource(config_algorithm.default))
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     above = ""
     for line in source.splitlines():

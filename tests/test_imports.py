@@ -20,6 +20,7 @@ FLOORS = {
     "lightning_jax.job_state": 1,
     "lightning_jax.text": 1,
     "lightning_jax.config_rules": 1,
+    "lightning_jax.config_algorithm": 1,  # config's part about the section algorithm
     "lightning_jax.config_models": 1,  # config's part about several models
     "lightning_jax.config": 2,
     "lightning_jax.store": 2,

@@ -83,3 +83,14 @@ def seen_rewards(rows: Sequence[Row]) -> list[np.ndarray]:
             reward_t[np.flatnonzero(row.call == call)[-1]] += between
         seen.append(reward_t)
     return seen
+
+
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """Soft over-long punishment (DAPO, arXiv:2503.14476, eq. 13): 0, then falling to -1 over the last tokens.
+
+    Args:
+        length: sampled tokens of a call.
+        longest: the most that a call may sample.
+        buffer: tokens over which the penalty grows.
+    """
+    return float(np.clip((longest - buffer - length) / buffer, -1.0, 0.0))

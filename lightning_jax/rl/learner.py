@@ -7,6 +7,7 @@
 Where there is a critic it takes its own optimizer steps first, over the same micro-batches (`critic.py`).
 """
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -19,7 +20,7 @@ import numpy as np
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
-from lightning_jax.rl import critic, gae, packing, update
+from lightning_jax.rl import critic, gae, losses, packing, update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import LearnerSettings, TrainState
@@ -167,6 +168,8 @@ class Learner:
             rows = [
                 dataclasses.replace(row, old_logprob=score.logprob) for row, score in zip(rows, scores, strict=True)
             ]
+        if self.settings.loss_aggregation != "token-mean":
+            rows = _with_shares(rows)
         steps = self._divide(rows, advantage_n)
         metrics = {}
         with mesh_lib.current(self._mesh):
@@ -174,7 +177,8 @@ class Learner:
                 metrics |= _critic_metrics(jax.device_get(self._critic_steps(steps)), rows)
             if not is_warmup:
                 taken = jax.device_get(self._optimizer_steps(steps))
-                metrics |= _metrics(taken, has_reference=self._reference is not None)
+                has_kl = self._reference is not None and not self.settings.kl_in_reward
+                metrics |= _metrics(taken, has_reference=has_kl)
         for name in ("policy", "critic"):
             if skipped := metrics.get(f"{name}/skipped_steps"):
                 _log.warning("%d optimizer steps of the %s skipped: the gradient was not finite", skipped, name)
@@ -208,6 +212,7 @@ class Learner:
         metrics = []
         for batches in steps * self.settings.epochs:
             num_tokens = self._num_tokens(batches)
+            divisor = jax.device_put(np.float32(self._divisor(batches)), self._scalar_sharding)
             totals = self._zero_totals(self.state.params)
             for batch in batches:
                 totals = update.accumulate(
@@ -215,7 +220,7 @@ class Learner:
                     self.state.params,
                     self._reference,
                     self._put(batch),
-                    num_tokens,
+                    divisor,
                     self.frozen,
                     mesh=self._mesh,
                     **statics,
@@ -250,6 +255,12 @@ class Learner:
         num_tokens = np.float32(sum(batch.loss_mask_bt.sum() for batch in batches))
         return mesh_lib.put(num_tokens, self._scalar_sharding)
 
+    def _divisor(self, batches: Sequence[Batch]) -> float:
+        mask_bt = np.concatenate([batch.loss_mask_bt for batch in batches])
+        shares = [batch.share_bt for batch in batches if batch.share_bt is not None]
+        share_bt = np.concatenate(shares) if shares else None
+        return losses.divisor(self.settings.loss_aggregation, mask_bt, share_bt, self.settings.loss_longest)
+
     def _put(self, batch: Batch) -> Batch:
         """To the device, or spread over the mesh's batch axes."""
         if self._mesh is None:
@@ -274,6 +285,17 @@ class Learner:
             sharding = lora.split(whole, self.settings.trainable)[1]
         dtype = jnp.dtype(self.settings.compute_dtype)
         return jax.device_put(jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params), sharding)
+
+
+def _with_shares(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `Row.share`."""
+    tokens = collections.Counter()
+    for row in rows:
+        tokens[row.rollout_index] += int(row.loss_mask.sum())
+    return [
+        dataclasses.replace(row, share=np.where(row.loss_mask, np.float32(1 / tokens[row.rollout_index]), 0))
+        for row in rows
+    ]
 
 
 def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dict[str, float]:

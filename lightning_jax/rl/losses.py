@@ -6,6 +6,7 @@ log-prob of token t given the tokens before it, and is 0 at t = 0, which nothing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lightning_jax.model import llama
 
@@ -77,8 +78,19 @@ def chunk_length(b: int, t: int, vocab_size: int) -> int:
     return chunk
 
 
+LOSS_MODES = ("clip", "gspo", "cispo")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3+")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+
+
 def clipped_surrogate(
-    logprob_bt: jax.Array, old_logprob_bt: jax.Array, advantage_bt: jax.Array, *, clip_low: float, clip_high: float
+    logprob_bt: jax.Array,
+    old_logprob_bt: jax.Array,
+    advantage_bt: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The clipped policy loss (PPO, arXiv:1707.06347, eq. 7, negated; separate bounds as in DAPO, arXiv:2503.14476).
 
@@ -87,26 +99,109 @@ def clipped_surrogate(
         old_logprob_bt: [B, T] float32, under the policy that sampled; no gradient flows into it.
         advantage_bt: [B, T] float32.
         clip_low, clip_high: the ratio's gain ends at 1 - clip_low and 1 + clip_high.
+        dual_clip: the loss of a negative advantage ends at this ratio (arXiv:1912.09729, eq. 5); None for no end.
 
     Returns:
         loss_bt, ratio_bt: [B, T] float32.
-        clipped_bt: [B, T] bool, where the bound holds the gradient back.
+        clipped_bt: [B, T] bool, where a bound holds the gradient back.
     """
-    log_ratio_bt = logprob_bt - jax.lax.stop_gradient(old_logprob_bt)
-    ratio_bt = jnp.exp(jnp.clip(log_ratio_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    ratio_bt = importance_ratio(logprob_bt, old_logprob_bt)
     gain_bt = ratio_bt * advantage_bt
     bounded_bt = jnp.clip(ratio_bt, 1 - clip_low, 1 + clip_high) * advantage_bt
-    return -jnp.minimum(gain_bt, bounded_bt), ratio_bt, bounded_bt < gain_bt
+    loss_bt, clipped_bt = -jnp.minimum(gain_bt, bounded_bt), bounded_bt < gain_bt
+    if dual_clip is not None:
+        most_bt = -dual_clip * advantage_bt
+        beyond_bt = (advantage_bt < 0) & (loss_bt > most_bt)
+        loss_bt, clipped_bt = jnp.where(beyond_bt, most_bt, loss_bt), clipped_bt | beyond_bt
+    return loss_bt, ratio_bt, clipped_bt
 
 
-def k3_divergence(logprob_bt: jax.Array, reference_logprob_bt: jax.Array) -> jax.Array:
-    """Unbiased, never negative estimate of KL(policy || reference) from sampled tokens (DeepSeekMath, eq. 4).
+def importance_ratio(logprob_bt: jax.Array, old_logprob_bt: jax.Array) -> jax.Array:
+    """[B, T] float32: exp(logprob - old_logprob), without a gradient into the latter."""
+    log_ratio_bt = logprob_bt - jax.lax.stop_gradient(old_logprob_bt)
+    return jnp.exp(jnp.clip(log_ratio_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
-    Both arguments and the result are [B, T] float32, nats. No gradient flows into the reference.
+
+def sequence_logprobs(
+    logprob_bt: jax.Array, old_logprob_bt: jax.Array, loss_mask_bt: jax.Array, segment_bt: jax.Array
+) -> jax.Array:
+    """What takes `logprob_bt`'s place in the clipped loss for GSPO's ratio (arXiv:2507.18071, eq. 7 and 14).
+
+    A sequence is a row, so that several in a block have ratios of their own. Every token's value is that of its
+    sequence's mean log-ratio above its own old log-prob, and its gradient that of its own log-prob.
+
+    Args:
+        logprob_bt, old_logprob_bt: [B, T] float32, 0 where `loss_mask_bt` is False.
+        loss_mask_bt: [B, T] bool.
+        segment_bt: [B, T] int32, the sequence that each token belongs to, at most T.
+    """
+
+    def mean(log_ratio_t: jax.Array, mask_t: jax.Array, segment_t: jax.Array) -> jax.Array:
+        def total(x_t: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(x_t, segment_t, num_segments=x_t.shape[0] + 1)[segment_t]
+
+        return total(log_ratio_t) / jnp.maximum(total(mask_t.astype(jnp.float32)), 1.0)
+
+    log_ratio_bt = jax.lax.stop_gradient(logprob_bt - old_logprob_bt)
+    mean_bt = jax.vmap(mean)(jnp.where(loss_mask_bt, log_ratio_bt, 0.0), loss_mask_bt, segment_bt)
+    return jax.lax.stop_gradient(old_logprob_bt) + mean_bt + (logprob_bt - jax.lax.stop_gradient(logprob_bt))
+
+
+def cispo(
+    logprob_bt: jax.Array, old_logprob_bt: jax.Array, advantage_bt: jax.Array, *, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5, negated): the weight is clipped, every token has a gradient.
+
+    Arguments and results as for `clipped_surrogate`; `clipped_bt` is where the weight is.
+    """
+    ratio_bt = jax.lax.stop_gradient(importance_ratio(logprob_bt, old_logprob_bt))
+    weight_bt = jnp.clip(ratio_bt, 1 - clip_low, 1 + clip_high)
+    return -weight_bt * advantage_bt * logprob_bt, ratio_bt, weight_bt != ratio_bt
+
+
+def kl_divergence(logprob_bt: jax.Array, reference_logprob_bt: jax.Array, estimator: str = "k3") -> jax.Array:
+    """Estimate of KL(policy || reference) from sampled tokens (Schulman, "Approximating KL divergence", 2020).
+
+    With d = log policy - log reference: k1 = d and k2 = d^2 / 2; k3 = exp(-d) + d - 1, unbiased and never negative
+    (DeepSeekMath, eq. 4). As a loss, k2 alone has the gradient of the divergence in expectation: "k3+" is k3 with the
+    gradient of k2.
+
+    Arguments and result are [B, T] float32, nats. No gradient flows into the reference.
     """
     log_ratio_bt = jax.lax.stop_gradient(reference_logprob_bt) - logprob_bt
+    if estimator == "k1":
+        return -log_ratio_bt
+    k2_bt = 0.5 * jnp.square(log_ratio_bt)
+    if estimator == "k2":
+        return k2_bt
     log_ratio_bt = jnp.clip(log_ratio_bt, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    return jnp.exp(log_ratio_bt) - log_ratio_bt - 1
+    k3_bt = jnp.exp(log_ratio_bt) - log_ratio_bt - 1
+    if estimator == "k3":
+        return k3_bt
+    return k2_bt + jax.lax.stop_gradient(k3_bt - k2_bt)
+
+
+def divisor(aggregation: str, loss_mask_bt: np.ndarray, share_bt: np.ndarray | None, longest: float) -> float:
+    """What the sum of an optimizer step's token losses is divided by, so that its micro-batches add up to the whole.
+
+    A sequence is a rollout, whatever number of rows it has.
+
+        token-mean           the mean over tokens (DAPO, arXiv:2503.14476, eq. 8)
+        seq-mean-token-mean  the mean over rollouts of their tokens' mean (GRPO: DeepSeekMath, eq. 3)
+        seq-mean-token-sum   the mean over rollouts of their tokens' sum
+        constant             that over a constant (Dr. GRPO, arXiv:2503.20783, listing 1)
+
+    Args:
+        aggregation: one of AGGREGATIONS.
+        loss_mask_bt: [B, T] bool, of the whole optimizer step.
+        share_bt: [B, T] float32, 1 / (tokens of the rollout) at its tokens and 0 elsewhere, so that its sum counts
+            rollouts, those in part too; unused for the mean over tokens.
+        longest: the constant.
+    """
+    if aggregation == "token-mean":
+        return float(loss_mask_bt.sum())
+    rollouts = float(np.sum(share_bt, dtype=np.float64))
+    return rollouts * longest if aggregation == "constant" else rollouts
 
 
 def grpo_loss(
@@ -116,23 +211,32 @@ def grpo_loss(
     entropy_bt: jax.Array,
     advantage_bt: jax.Array,
     loss_mask_bt: jax.Array,
-    num_tokens: jax.Array,
+    divisor: jax.Array,
     *,
     clip_low: float,
     clip_high: float,
     kl_coef: float,
     entropy_coef: float,
+    loss_mode: str = "clip",
+    dual_clip: float | None = None,
+    kl_estimator: str = "k3",
+    segment_bt: jax.Array | None = None,
+    weight_bt: jax.Array | None = None,
+    share_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """GRPO's objective, negated (DeepSeekMath, eq. 3), averaged over tokens (DAPO, eq. 8) and with an entropy bonus.
+    """The objective of GRPO and its relatives, negated (DeepSeekMath, eq. 3), with an entropy bonus.
 
     Args:
         logprob_bt, entropy_bt: [B, T] float32, of the policy that learns, from `token_logprobs`.
         old_logprob_bt: [B, T] float32, of the policy that sampled.
-        reference_logprob_bt: [B, T] float32, of the frozen reference; None when `kl_coef` is 0.
+        reference_logprob_bt: [B, T] float32, of the frozen reference; None without a KL term.
         advantage_bt: [B, T] float32.
         loss_mask_bt: [B, T] bool; other positions have no part in anything.
-        num_tokens: float32 scalar, masked tokens of the whole update, so that the losses of its micro-batches add up
-            to the loss of the whole.
+        divisor: float32 scalar, from the function of this name.
+        loss_mode: one of LOSS_MODES.
+        segment_bt: [B, T] int32, the rows' numbers in their block, for GSPO.
+        weight_bt: [B, T] float32, of each token's policy loss (not of its KL and entropy); None for 1.
+        share_bt: [B, T] float32, of each token's whole loss, where rollouts are averaged over; None for 1.
 
     Returns:
         The loss, a float32 scalar.
@@ -146,16 +250,27 @@ def grpo_loss(
     # Masked before exp(): where() alone would hide an overflow's value and let its gradient through as NaN.
     logprob_bt = jnp.where(loss_mask_bt, logprob_bt, 0.0)
     old_logprob_bt = jnp.where(loss_mask_bt, old_logprob_bt, 0.0)
-    loss_bt, ratio_bt, clipped_bt = clipped_surrogate(
-        logprob_bt, old_logprob_bt, advantage_bt, clip_low=clip_low, clip_high=clip_high
-    )
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    if loss_mode == "cispo":
+        loss_bt, ratio_bt, clipped_bt = cispo(logprob_bt, old_logprob_bt, advantage_bt, **clip)
+    else:
+        compared_bt = logprob_bt
+        if loss_mode == "gspo":
+            compared_bt = sequence_logprobs(logprob_bt, old_logprob_bt, loss_mask_bt, segment_bt)
+        loss_bt, ratio_bt, clipped_bt = clipped_surrogate(
+            compared_bt, old_logprob_bt, advantage_bt, **clip, dual_clip=dual_clip
+        )
+    if weight_bt is not None:
+        loss_bt *= weight_bt
     sums = {"clipped": total(clipped_bt), "ratio": total(ratio_bt), "entropy": total(entropy_bt)}
     sums["ratio_max"] = jnp.max(jnp.where(loss_mask_bt, ratio_bt, 0.0))
     if reference_logprob_bt is not None:
-        kl_bt = k3_divergence(logprob_bt, jnp.where(loss_mask_bt, reference_logprob_bt, 0.0))
+        kl_bt = kl_divergence(logprob_bt, jnp.where(loss_mask_bt, reference_logprob_bt, 0.0), kl_estimator)
         loss_bt += kl_coef * kl_bt
         sums["kl"] = total(kl_bt)
     if entropy_coef:
         loss_bt -= entropy_coef * entropy_bt
-    loss = total(loss_bt) / num_tokens
+    if share_bt is not None:
+        loss_bt *= share_bt
+    loss = total(loss_bt) / divisor
     return loss, sums | {"loss": loss}

@@ -26,9 +26,11 @@ class Batch:
     sampler_logprob_bt: jax.Array  # float32, nats; 0 where loss_mask_bt is False
     temperature_bt: jax.Array  # float32; 1 where loss_mask_bt is False
     on_policy_bt: jax.Array  # bool, see `trajectory.Row`; True in padding
-    old_logprob_bt: jax.Array | None = None  # float32, nats; where the rows have it, like the two below
+    old_logprob_bt: jax.Array | None = None  # float32, nats; where the rows have it, like those below
     value_bt: jax.Array | None = None  # float32, see `trajectory.Row`
     value_target_bt: jax.Array | None = None  # float32
+    weight_bt: jax.Array | None = None  # float32, of the token's policy loss
+    share_bt: jax.Array | None = None  # float32, 1 / (tokens of the token's rollout)
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:
@@ -37,7 +39,13 @@ def block_length(longest: int, *, minimum: int = 256) -> int:
 
 
 # The arrays of a `Row` that a batch has where its rows have them.
-OPTIONAL = {"old_logprob_bt": "old_logprob", "value_bt": "value", "value_target_bt": "value_target"}
+OPTIONAL = {
+    "old_logprob_bt": "old_logprob",
+    "value_bt": "value",
+    "value_target_bt": "value_target",
+    "weight_bt": "weight",
+    "share_bt": "share",
+}
 
 
 def place(rows: Sequence[Row], length: int) -> list[tuple[int, slice]]:

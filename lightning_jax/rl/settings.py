@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from lightning_jax.model import lora
-from lightning_jax.rl import critic
+from lightning_jax.rl import algorithms, critic
 from lightning_jax.rl.update import LearnerSettings
 
 
@@ -21,10 +21,7 @@ def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Lea
     a, r = config.algorithm, config.runtime
     return LearnerSettings(
         learning_rate=a.learning_rate if a.actor_lr is None else a.actor_lr,
-        kl_coef=a.kl_coef,
-        clip_low=a.clip_range,
-        clip_high=a.clip_range,
-        entropy_coef=a.entropy_coef,
+        **algorithms.loss_settings(config),
         **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2", "warmup_steps")},
         epochs=a.ppo_epochs,
         optimizer_steps=a.mini_batches,

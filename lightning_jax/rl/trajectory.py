@@ -28,6 +28,7 @@ class TokenCall:
         policy_version: of the weights that sampled.
         reward: credited to this call.
         advantage: of this call's tokens, where calls have advantages of their own; None where the rollout's holds.
+        masked: its tokens are context and are not trained on.
     """
 
     call_id: int
@@ -40,6 +41,7 @@ class TokenCall:
     reward: float = 0.0
     constrained: bool = False
     advantage: float | None = None
+    masked: bool = False
 
 
 @dataclasses.dataclass
@@ -64,6 +66,8 @@ class Row:
             False; None to have the update compute it.
         value: float32, of the state in which each token was sampled (`Learner.values`); None without a critic.
         value_target: float32, the return that the critic is to learn; None without one.
+        weight: float32, of each token's policy loss (`mismatch.py`); None for 1.
+        share: float32, 1 / (sampled tokens of the rollout, in all its rows); the learner fills it in.
     """
 
     token_ids: np.ndarray
@@ -78,6 +82,8 @@ class Row:
     old_logprob: np.ndarray | None = None
     value: np.ndarray | None = None
     value_target: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    share: np.ndarray | None = None
 
     def __post_init__(self):
         if self.on_policy is None:
@@ -134,6 +140,8 @@ def _row(chain: Sequence[TokenCall], rollout_index: int) -> Row:
         advantage=None if chain[0].advantage is None else np.zeros(len(token_ids), np.float32),
     )
     for call in chain:
+        if call.masked:
+            continue
         sampled = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.sampled_ids))
         row.loss_mask[sampled] = True
         row.sampler_logprob[sampled] = call.logprobs

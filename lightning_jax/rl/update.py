@@ -1,7 +1,7 @@
 """The learner's device programs: pure functions of arrays and static settings, which can be lowered from shapes alone.
 
-`accumulate` adds a micro-batch's gradient and metric sums to the totals. Every token weighs 1 / (loss tokens of the
-whole optimizer step), so that the division into micro-batches does not show in the gradient. `apply` clips the total
+`accumulate` adds a micro-batch's gradient and metric sums to the totals. What they are divided by is of the whole
+optimizer step, so that the division into micro-batches does not show in the gradient. `apply` clips the total
 and takes one AdamW step. Masters, gradients and optimizer state are float32; each micro-batch computes in
 `LearnerSettings.compute_dtype`. Where only a part of the parameters learns, or adapters do (`model/lora.py`), those are
 what masters, gradients and optimizer state are of; the rest stays in the compute dtype.
@@ -31,6 +31,10 @@ class LearnerSettings:
 
     Attributes:
         kl_coef: weight of the divergence from the reference; 0 keeps no reference.
+        kl_in_reward: the divergence is in the advantages (`algorithms.py`), not in the loss.
+        kl_estimator, loss_mode, loss_aggregation: see `losses.py`.
+        dual_clip: the ratio at which the loss of negative advantages ends; None for no end.
+        loss_longest: tokens of the longest completion, the constant of the aggregation "constant".
         clip_low, clip_high: the policy ratio's gain ends at 1 - clip_low and 1 + clip_high.
         max_grad_norm: the gradient is scaled down to this global norm; None to leave it.
         weight_decay: AdamW's, on matrices (not on norms and biases).
@@ -54,6 +58,12 @@ class LearnerSettings:
     kl_coef: float = 0.001
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_in_reward: bool = False
+    kl_estimator: str = "k3"
+    loss_mode: str = "clip"
+    loss_aggregation: str = "token-mean"
+    loss_longest: int = 1024
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0
     weight_decay: float = 0.0
@@ -125,7 +135,7 @@ def accumulate(
     params: llama.Params,
     reference: llama.Params | None,
     batch: Batch,
-    num_tokens: jax.Array,
+    divisor: jax.Array,
     frozen: llama.Params | None = None,
     *,
     config: llama.LlamaConfig,
@@ -139,11 +149,11 @@ def accumulate(
         params: float32 masters of what learns.
         reference: all parameters, in the compute dtype; None without a KL term.
         batch: [B, T] each; without `old_logprob_bt` the policy that sampled is taken to be `params`.
-        num_tokens: float32 scalar, loss tokens of the whole optimizer step.
+        divisor: float32 scalar, of the whole optimizer step, see `losses.divisor`.
         frozen: the parameters that do not learn, in the compute dtype; None where all do.
     """
     reference_logprob_bt = None
-    if reference is not None:
+    if reference is not None and not settings.kl_in_reward:
         with jax.named_scope("reference"):
             reference_logprob_bt, _ = policy_logprobs(reference, batch, config=config, settings=settings)
 
@@ -157,11 +167,17 @@ def accumulate(
             entropy_bt,
             batch.advantage_bt,
             batch.loss_mask_bt,
-            num_tokens,
+            divisor,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             kl_coef=settings.kl_coef,
             entropy_coef=settings.entropy_coef,
+            loss_mode=settings.loss_mode,
+            dual_clip=settings.dual_clip,
+            kl_estimator=settings.kl_estimator,
+            segment_bt=batch.segment_bt,
+            weight_bt=batch.weight_bt,
+            share_bt=batch.share_bt if settings.loss_aggregation == "seq-mean-token-mean" else None,
         )
         compared_bt = batch.loss_mask_bt & batch.on_policy_bt
         diff_bt = jnp.where(compared_bt, jnp.abs(old_bt - batch.sampler_logprob_bt), 0.0)

@@ -177,7 +177,7 @@ def test_an_error_is_one_line_and_a_hint(capsys, arguments, says):
         (["--model", "no/such/folder"], {}, ["no/such/folder", "give a local folder"]),
         (["--model", "some/model"], {}, ["some/model", "hf download some/model"]),
         (["--config.sampler.max_slot=3"], {}, ["max_slots"]),
-        (["--algorithm", "reinforce++"], {"LIGHTNING_RL_ALGORITHM": "grpo"}, ["'reinforce++' is not there yet"]),
+        (["--algorithm", "grppo"], {"LIGHTNING_RL_ALGORITHM": "grpo"}, ["did you mean 'grpo'"]),
         ([], {"LIGHTNING_DEVICE": "cuda", "JAX_PLATFORMS": ""}, ["device 'cuda'", "LIGHTNING_DEVICE", "doctor"]),
     ],
 )
