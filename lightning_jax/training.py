@@ -155,7 +155,7 @@ class _Run:
         """One update; returns its metrics."""
         start, idle_s = time.monotonic(), self.policies.idle_s
         before = {name: policy.sampler_metrics() for name, policy in self.policies.items()}
-        records = self._training_rollouts(step, tasks, more_tasks)
+        records, tasks = self._training_rollouts(step, tasks, more_tasks)
         sampled, waited_s = time.monotonic(), self.policies.idle_s - idle_s
         version = self.policies.first.version
         self.history.failed += sum(record.status == "failed" for record in records)
@@ -211,18 +211,22 @@ class _Run:
         """Metrics of a model under its name, where there are several models."""
         return metrics if len(self.policies) == 1 else {f"{name}/{key}": value for key, value in metrics.items()}
 
-    def _training_rollouts(self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator) -> list[RolloutRecord]:
-        """A step's rollouts; where `algorithm.max_gen_batches` allows, also of other tasks for groups left out."""
-        records = self._rollouts(step, tasks, "train")
-        wanted, opened = len(tasks), len(tasks)
+    def _training_rollouts(
+        self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator
+    ) -> tuple[list[RolloutRecord], list[data.TaskItem]]:
+        """A step's rollouts and their groups' tasks.
+
+        Where `algorithm.max_gen_batches` allows, other tasks take the place of groups that are left out.
+        """
+        records, wanted = self._rollouts(step, tasks, "train"), len(tasks)
         for _ in range(self.config.algorithm.max_gen_batches - 1):
             missing = wanted - rows.informative_groups(records, self.config)
             more = next(more_tasks, [])[: max(0, missing)] if missing > 0 else []
             if not more:
                 break
-            records += self._rollouts(step, more, "train", first_group=opened)
-            opened += len(more)
-        return records
+            records += self._rollouts(step, more, "train", first_group=len(tasks))
+            tasks = tasks + more
+        return records, tasks
 
     def _checkpoint(self, step: int, tasks) -> None:
         path = self.policies.save_checkpoint(

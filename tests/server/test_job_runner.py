@@ -196,6 +196,28 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward(config,
     policies.close()
 
 
+def test_groups_without_a_difference_are_replaced_by_other_tasks(config, store):
+    config.algorithm.filter_groups, config.algorithm.max_gen_batches = True, 2
+    first, ended = [], []
+
+    def reward(lease):  # the task that comes first is always solved
+        first.append(first[0] if first else lease["task_id"])
+        ended.append(lease["task_id"])
+        return 1.0 if lease["task_id"] == first[0] else float(len(ended) % 2)
+
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    job = runner.submit({"kind": "train", "data_id": "d", "total_steps": 1, "batch_size": 1, "eval_interval": 0})
+    with Pool(store, job, lambda lease: 0.0 if lease["metadata"]["mode"] == "evaluate" else reward(lease)):
+        wait_for(lambda: status(store, job) in ("succeeded", "failed"))
+    assert status(store, job) == "succeeded", store.job(job)
+    assert [ended.count(task) for task in dict.fromkeys(ended)] == [2, 2]
+    (row,) = (row for row in read_metrics(config.workdir) if row["step"] == 1)
+    assert row["reward/mean"] == 0.75 and row["train/sampled_tokens"] == 4, "one of the two groups is trained on"
+    runner.close()
+    policies.close()
+
+
 def test_a_stopped_job_has_a_checkpoint_and_an_evaluation_of_its_last_step(config, store):
     config.runtime.checkpoint_interval = 0
     policies = Policies(config)
