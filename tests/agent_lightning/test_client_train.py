@@ -17,8 +17,8 @@ from tests.agent_lightning.conftest import TASKS, ask, is_alive, wait_until, wri
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_train(client, training, capfd):
-    seen_before = len(training[1].jobs())
+def test_train(client, training, policies, capfd):
+    seen_before, begun_at = len(training[1].jobs()), policies.step
     result = client.train(ask, nworkers=2, epochs=2, batch_size=2, eval_interval=2, metadata={"use_cot": True})
     assert result.total_steps == 4 and len(result.train_rewards) == 4
     assert len(result.test_rewards) == 3  # before, after step 2, after step 4
@@ -30,7 +30,8 @@ def test_train(client, training, capfd):
     assert (job["status"], job["job_id"]) == ("succeeded", result.job_id)
     assert job["spec"]["metadata"] == {"use_cot": True}
     lines = capfd.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {i}/4" for i in range(1, 5)]
+    steps = [line.split("  ")[0] for line in lines if line.startswith("step")]
+    assert steps == [f"step {begun_at + i}/{begun_at + 4}" for i in range(1, 5)]
     assert sum(line.startswith("held-out reward") for line in lines) == 3
 
 

@@ -127,7 +127,8 @@ def test_openai_agents(serving_tools, runtime):
     runtime.set_config({"air_enabled": True})
     good, bad = serving_tools.run(agent, [{"fails": False}, {"fails": True}], nworkers=1)
     assert good.reward == bad.reward == 1.0, good.traceback
-    assert rewards_of(good) == [0.3, 0.3] and rewards_of(bad) == [-0.2, -0.2]
+    assert rewards_of(good) == [0.3, 0.3], spans_of(serving_tools, good)
+    assert rewards_of(bad) == [-0.2, -0.2], spans_of(serving_tools, bad)
     traces = [{span["trace_id"] for span in spans_of(serving_tools, record)[0]} for record in (good, bad)]
     assert len(traces[0]) == len(traces[1]) == 1 and traces[0] != traces[1]
 

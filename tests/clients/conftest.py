@@ -24,7 +24,6 @@ for name in [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROP
     del os.environ[name]
 os.environ |= {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "OPENAI_AGENTS_DISABLE_TRACING": "1",
     "LANGSMITH_TRACING": "false",
     "PYTHON_DOTENV_DISABLED": "1",
 }

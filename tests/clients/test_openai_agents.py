@@ -12,6 +12,7 @@ from openai.types.responses import ResponseTextDeltaEvent
 from .conftest import Sum
 from .tasks import CALL, SAY
 
+agents.set_tracing_disabled(True)  # not by the environment, which the workers of other tests would get
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 

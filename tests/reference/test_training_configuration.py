@@ -82,7 +82,9 @@ def test_ppo_configuration(tmp_path):
     merged = config.merge(yaml_path=str(path), environ={})
     learner = policy.learner_settings(merged, jnp.dtype("float32"))
     assert (learner.critic, learner.critic_lr, learner.learning_rate, learner.value_clip) == ("copy", 1e-5, 5e-7, 0.2)
-    assert algorithms.settings_of(merged) == algorithms.AlgorithmSettings("ppo", gamma=1.0, gae_lambda=0.95)
+    assert algorithms.settings_of(merged) == algorithms.AlgorithmSettings(
+        "ppo", gamma=1.0, gae_lambda=0.95, kl_estimator="k3"
+    )
 
 
 def test_ppo_configuration_belongs_to_ppo():
