@@ -17,20 +17,25 @@ _http = httpx.Client(timeout=600)
 
 
 def agent(resource, task) -> float:
+    """The reply's score. A task may set fields of the request, as its own `max_tokens`."""
+    request = {"model": resource.model_name, "messages": messages(task), "max_tokens": 32} | task.get("request", {})
+    response = _http.post(f"{resource.model_api}/chat/completions", json=request)
+    response.raise_for_status()
+    return score(response.json()["choices"][0]["message"]["content"], task)
+
+
+def messages(task: dict) -> list[dict[str, str]]:
+    """What the model is asked."""
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": task["question"]}]
+
+
+def score(reply: str, task: dict) -> float:
     """The score, from 0 to 1, that the task's own verifier gives the reply."""
     import reasoning_gym
 
-    request = {
-        "model": resource.model_name,
-        "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": task.question}],
-        "max_tokens": 32,
-    }
-    response = _http.post(f"{resource.model_api}/chat/completions", json=request)
-    response.raise_for_status()
-    reply = response.json()["choices"][0]["message"]["content"]
-    score = reasoning_gym.get_score_answer_fn(task.metadata["source_dataset"])
-    entry = {"question": task.question, "answer": task.ground_truth, "metadata": task.metadata}
-    return float(score(answer=extract_answer(reply), entry=entry))
+    verifier = reasoning_gym.get_score_answer_fn(task["metadata"]["source_dataset"])
+    entry = {"question": task["question"], "answer": task["ground_truth"], "metadata": task["metadata"]}
+    return float(verifier(answer=extract_answer(reply), entry=entry))
 
 
 def extract_answer(reply: str) -> str:
