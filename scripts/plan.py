@@ -31,16 +31,19 @@ class Chip:
     links: float  # bytes a second that it can send to other chips, all links together
 
 
-# Google's system architecture pages, cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM, peak bf16, HBM bandwidth,
-# and interchip interconnect bandwidth (Gbit/s there).
-# NVIDIA's data sheets of A100 SXM and H100 SXM: NVLink, one way.
+# TPU: Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; of the interchip
+# interconnect, which they give for both directions together, the half. v4's page leaves it out: 6 links of 400 Gbit/s
+# each way (arXiv:2304.01433). The JAX scaling book (tpus.md) has a tenth less for every generation's links.
+# GPU: NVIDIA's data sheets of A100, H100 and H200 SXM; half of the bfloat16 figure, which is with sparsity, and half of
+# NVLink's, which is of both directions.
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 300e9),
+    "v4": Chip(32e9, 275e12, 1200e9, 300e9),
     "v5e": Chip(16e9, 197e12, 819e9, 200e9),
     "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32e9, 918e12, 1640e9, 448e9),
+    "v6e": Chip(32e9, 918e12, 1638e9, 400e9),
     "a100": Chip(80e9, 312e12, 2039e9, 300e9),
     "h100": Chip(80e9, 989e12, 3350e9, 450e9),
+    "h200": Chip(141e9, 989e12, 4800e9, 450e9),
 }
 
 
