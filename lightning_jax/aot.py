@@ -19,7 +19,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import hlo_costs
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
-from lightning_jax.rl import packing, update
+from lightning_jax.rl import offload, packing, update
 from lightning_jax.sampler import kv_cache, programs
 
 
@@ -116,6 +116,8 @@ def compile_learner(
     reference = None
     if settings.kl_coef:
         reference = frozen if settings.trainable.lora_rank else whole
+    if reference is not None and reference is not frozen and "reference" in offload.parts(settings.offload):
+        reference, batch = None, batch.replace(reference_logprob_bt=batch.advantage_bt)  # of that shape
     num_tokens = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     statics = {"config": config, "settings": settings, "mesh": mesh}
     with jax.set_mesh(mesh):

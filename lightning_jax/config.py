@@ -77,6 +77,7 @@ def default_config() -> config_dict.ConfigDict:
     runtime.checkpoint_interval = 100  # updates between checkpoints; 0: only after the last
     runtime.max_to_keep = 5  # checkpoints kept, the newest; 0: all
     runtime.remat = "full"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full" (each layer)
+    runtime.offload = "none"  # what waits in the host's memory between uses: "reference", "optimizer", "both"
 
     c.sampler = sampler = config_dict.ConfigDict()
     sampler.max_slots = 64  # requests decoded together

@@ -71,6 +71,7 @@ RULES = {
     "algorithm.gae_lambda": Rule(lambda v: 0 <= v <= 1, "between 0 and 1"),
     "algorithm.value_clip": _POSITIVE,
     "runtime.remat": _one_of("none", "dots", "full"),
+    "runtime.offload": _one_of("none", "reference", "optimizer", "both"),
     "sampler.page_size": _POWER_OF_TWO,
     "sampler.prefill_chunk": _POWER_OF_TWO,
     "sampler.top_p": Rule(lambda v: 0 < v <= 1, "above 0 and at most 1"),

@@ -20,7 +20,7 @@ import numpy as np
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
-from lightning_jax.rl import critic, gae, losses, packing, update
+from lightning_jax.rl import critic, gae, losses, offload, packing, update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.rl.update import LearnerSettings, TrainState
@@ -83,11 +83,16 @@ class Learner:
             self._scalar_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         trained, frozen = lora.split(params, settings.trainable)
         self.frozen = self._place_frozen(frozen) if frozen else None
+        self._offloaded = set(offload.parts(settings.offload))
         self._reference = None
         if settings.kl_coef and settings.trainable.lora_rank:
             self._reference = self.frozen  # the adapters switched off
+            self._offloaded.discard("reference")
         elif settings.kl_coef:
-            self._reference = lora.whole(self._place(trained, settings.compute_dtype), self.frozen, settings.trainable)
+            reference = self._place(trained, settings.compute_dtype)
+            if "reference" in self._offloaded:
+                reference = offload.to_host(reference)
+            self._reference = lora.whole(reference, self.frozen, settings.trainable)
         init_state = jax.jit(functools.partial(update.init_state, settings), out_shardings=self._state_sharding)
         if settings.trainable.lora_rank:
             specs = lora.trained_specs(config, settings.trainable)
@@ -103,6 +108,13 @@ class Learner:
             shardings = jax.tree.map(lambda x: x.sharding, created.params)
             totals_sharding = critic.CriticTotals(shardings, self._scalar_sharding, self._scalar_sharding)
             self._zero_critic_totals = jax.jit(critic.zero_totals, out_shardings=totals_sharding)
+        self.restore(self.state)
+
+    def restore(self, state: TrainState) -> None:
+        """Goes on from a state that has the shapes and shardings of `abstract_state`."""
+        if "optimizer" in self._offloaded:
+            state = state.replace(opt_state=offload.to_host(state.opt_state))
+        self.state = state
 
     @property
     def params(self) -> llama.Params:
@@ -121,7 +133,9 @@ class Learner:
             return self._of_rows(rows, lambda batch: update.policy_logprobs(params, batch, frozen, **statics)[0])
 
         own = logprobs(self.state.params, self.frozen)
-        references = [None] * len(rows) if self._reference is None else logprobs(self._reference, None)
+        references = [None] * len(rows)
+        if self._reference is not None:
+            references = logprobs(offload.to_device(self._reference), None)
         return [Scores(*of_row) for of_row in zip(own, references, strict=True)]
 
     def values(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -209,7 +223,9 @@ class Learner:
     def _optimizer_steps(self, steps: list[list[Batch]]) -> list[dict[str, jax.Array]]:
         """Takes them all; their metrics stay on the device."""
         statics = {"config": self.config, "settings": self.settings}
-        metrics = []
+        metrics, reference = [], self._reference
+        if reference is not None and "reference" in self._offloaded:
+            steps, reference = self._with_reference(steps), None
         for batches in steps * self.settings.epochs:
             num_tokens = self._num_tokens(batches)
             divisor = jax.device_put(np.float32(self._divisor(batches)), self._scalar_sharding)
@@ -218,20 +234,33 @@ class Learner:
                 totals = update.accumulate(
                     totals,
                     self.state.params,
-                    self._reference,
+                    reference,
                     self._put(batch),
                     divisor,
                     self.frozen,
                     mesh=self._mesh,
                     **statics,
                 )
-            beside = self.state.critic
-            state, step_metrics = update.apply(
-                self.state.replace(critic=None), totals, num_tokens, mesh=self._mesh, **statics
-            )
-            self.state = state.replace(critic=beside)
+            beside, state = self.state.critic, self.state.replace(critic=None)
+            if "optimizer" in self._offloaded:
+                state = state.replace(opt_state=offload.to_device(state.opt_state))
+            state, step_metrics = update.apply(state, totals, num_tokens, mesh=self._mesh, **statics)
+            del totals  # before the next ones are made
+            self.restore(state.replace(critic=beside))
             metrics.append(step_metrics)
         return metrics
+
+    def _with_reference(self, steps: list[list[Batch]]) -> list[list[Batch]]:
+        """The micro-batches with the reference's log-probs, for which it comes to the device and goes again."""
+        if self.settings.kl_in_reward:
+            return steps
+        score = functools.partial(update.policy_logprobs, config=self.config, settings=self.settings)
+        reference = offload.to_device(self._reference)
+        scored = [[score(reference, self._put(batch))[0] for batch in batches] for batches in steps]
+        return [
+            [batch.replace(reference_logprob_bt=mesh_lib.to_host(x)) for batch, x in zip(batches, of_step, strict=True)]
+            for batches, of_step in zip(steps, scored, strict=True)
+        ]
 
     def _critic_steps(self, steps: list[list[Batch]]) -> list[dict[str, jax.Array]]:
         """The critic's, on the policy as it is; their metrics stay on the device."""

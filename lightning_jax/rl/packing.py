@@ -31,6 +31,7 @@ class Batch:
     value_target_bt: jax.Array | None = None  # float32
     weight_bt: jax.Array | None = None  # float32, of the token's policy loss
     share_bt: jax.Array | None = None  # float32, 1 / (tokens of the token's rollout)
+    reference_logprob_bt: jax.Array | None = None  # float32, nats; where a pass of its own has computed them
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:

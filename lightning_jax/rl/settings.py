@@ -29,6 +29,7 @@ def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Lea
         batch_size=r.batch_size,
         max_seq_len=r.max_seq_len,
         remat=None if r.remat == "none" else r.remat,
+        offload=r.offload,
         compute_dtype=dtype.name,
         trainable=lora.Trainable.of(config.model),
         **critic.settings_of(a),

@@ -46,6 +46,7 @@ class LearnerSettings:
             `gradient_accumulation` they bound the memory of a micro-batch.
         min_block_length: packing fills blocks at least this long.
         remat: what the backward pass keeps of each layer, see `llama.REMAT_POLICIES`; None for everything.
+        offload: what is in the host's memory between uses, see `offload.py`.
         compute_dtype: "float32" or "bfloat16".
         trainable: what learns.
         critic: one of `critic.KINDS`, or None for no critic.
@@ -77,6 +78,7 @@ class LearnerSettings:
     max_seq_len: int = 4096
     min_block_length: int = 256
     remat: str | None = None
+    offload: str = "none"
     compute_dtype: str = "float32"
     trainable: lora.Trainable = lora.Trainable()
     critic: str | None = None
@@ -147,12 +149,12 @@ def accumulate(
     Args:
         totals: of the optimizer step so far.
         params: float32 masters of what learns.
-        reference: all parameters, in the compute dtype; None without a KL term.
+        reference: all parameters, in the compute dtype; None without a KL term, or where the batch has its log-probs.
         batch: [B, T] each; without `old_logprob_bt` the policy that sampled is taken to be `params`.
         divisor: float32 scalar, of the whole optimizer step, see `losses.divisor`.
         frozen: the parameters that do not learn, in the compute dtype; None where all do.
     """
-    reference_logprob_bt = None
+    reference_logprob_bt = batch.reference_logprob_bt
     if reference is not None and not settings.kl_in_reward:
         with jax.named_scope("reference"):
             reference_logprob_bt, _ = policy_logprobs(reference, batch, config=config, settings=settings)
