@@ -254,7 +254,9 @@ class Policy:
             item: this model's in a checkpoint of several; None in one of a single model.
         """
         self._check_kind(path, item)
-        self._learner.state, extra = checkpoint.restore(path, self._learner.abstract_state(), item=item)
+        abstract, self._learner.state = self._learner.abstract_state(), None  # there is no room for two
+        state, extra = checkpoint.restore(path, abstract, item=item)
+        self._learner.restore(state)
         return extra
 
     def learn(self, rows: Sequence[Row], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:

@@ -92,6 +92,7 @@ class Executor:
             # Everything is committed to the device from the start, as a learner's and a checkpoint's arrays are: for
             # arrays that are not, JAX compiles programs of their own.
             params = jax.device_put(params, self._sharding((), ()))
+        self._params = {}  # the old copy goes first: there may be no room for two
         with self._device():
             self._params = self._programs.prepare_params(params, dtype=self._dtype)
 
