@@ -176,6 +176,8 @@ def show_plan(config: ml_collections.ConfigDict) -> None:
     """
     print(f"  {_devices()}")
     plan = memory.plan(config)
+    if plan.limit is None or plan.need.training <= plan.limit:
+        plan = plan.compiled()
     print(f"  {plan.paths} on each device:")
     print("\n".join(f"    {line}" for line in plan.table()), flush=True)
     print(f"  {plan.check() or 'everything fits'}")

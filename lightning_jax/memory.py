@@ -1,8 +1,8 @@
 """What a configuration needs of the devices' memory, known before anything is allocated.
 
 Everything comes from shapes: the abstract parameter tree, the page arrays, the optimizer's state. What is allocated for
-good (weights, pages, learner) is exact. What a program needs while it runs (activations, logits) is an estimate of what
-XLA's buffer assignment makes of it; `tests/test_memory.py` holds both against the compiled programs.
+good (weights, pages, learner) is exact. What a program needs while it runs is an estimate (`temporaries.py`), or after
+`Plan.compiled` the compiler's own figure.
 """
 
 import bisect
@@ -19,14 +19,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config_models
+from lightning_jax import aot, config_models, temporaries
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import attention, llama, lora, weights
+from lightning_jax.model import llama, lora, weights
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.rl import critic, losses, packing
+from lightning_jax.rl import critic, offload
 from lightning_jax.rl.settings import compute_dtype, learner_settings
-from lightning_jax.rl.update import LearnerSettings
-from lightning_jax.sampler import kv_cache
 
 GB = 1e9
 _PROCESS_BYTES = int(1.2 * GB)  # on CPU: Python and its packages (half of it), and what compiling takes at times
@@ -44,6 +42,7 @@ class Need:
         kv_cache: pages, and on CPU the dense copy that decoding works on.
         sampling: what a dispatch works with, about.
         masters, optimizer, reference, gradients: the learner's; the reference's weights that do not learn are `frozen`.
+        hosted_optimizer, hosted_reference: what of these is in the host's memory while it is not used.
         critic: its weights that learn and their moments; its gradients come and go before the policy's.
         update: what the largest micro-batch works with, about: its own gradients, activations, logits.
     """
@@ -60,6 +59,8 @@ class Need:
     gradients: int
     critic: int
     update: int
+    hosted_optimizer: int = 0
+    hosted_reference: int = 0
 
     def beside(self, other: "Need") -> "Need":
         """Of two models on the same device. Neither samples or learns while the other does."""
@@ -75,18 +76,29 @@ class Need:
     @property
     def training(self) -> int:
         """To train, before the first token of an update is counted; the learner is made while `loaded` is there."""
-        learner = self.frozen + self.masters + self.optimizer + self.reference + self.critic
-        return self.process + self.sampler + self.kv_cache + learner + max(self.loaded, self.gradients)
+        return self._kept + self.hosted_optimizer + max(self.loaded, self.gradients)
 
     @property
     def peak(self) -> int:
         """To train when every conversation is as long as it may be."""
-        learner = self.frozen + self.masters + self.optimizer + self.reference + self.critic + self.gradients
-        return max(self.training, self.process + self.sampler + self.kv_cache + learner + self.update)
+        return max(self.training, self._kept + self.gradients + self.update, self._kept + self.sampling)
+
+    @property
+    def _kept(self) -> int:
+        """All the time, from the first update on."""
+        learner = self.masters + self.optimizer - self.hosted_optimizer + self.reference - self.hosted_reference
+        return self.process + self.sampler + self.kv_cache + self.frozen + learner + self.critic
 
 
-def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict, num_devices: int | None = None) -> Need:
+def estimate(
+    model: LlamaConfig,
+    settings: ml_collections.ConfigDict,
+    num_devices: int | None = None,
+    platform: str | None = None,
+) -> Need:
     """What a model needs with these settings (those of `config.py`) on so many devices, by default those there are.
+
+    `platform` is "cpu", "gpu" or "tpu", by default what there is.
 
     Raises:
         InvalidConfigError: the devices or the model's sizes do not divide; see `mesh.axis_sizes`.
@@ -98,20 +110,30 @@ def estimate(model: LlamaConfig, settings: ml_collections.ConfigDict, num_device
     learner = learner_settings(settings, dtype)
     max_seq_len = min(settings.runtime.max_seq_len, model.max_seq_len)
     learned, frozen = lora.split(llama.abstract_params(model), learner.trainable)
-    masters = _bytes(lora.trained_specs(model, learner.trainable), jnp.dtype("float32"), sizes)
+    platform, float32 = platform or jax.default_backend(), jnp.dtype("float32")
+
+    def size(specs: dict[str, Any], dtype: jnp.dtype) -> int:
+        return temporaries.param_bytes(specs, dtype, sizes)
+
+    masters = size(lora.trained_specs(model, learner.trainable), float32)
+    reference = size(learned, dtype) if learner.kl_coef else 0
+    kv_cache = temporaries.kv_bytes(model, settings.sampler, dtype, ways, platform)
+    hosted = () if platform == "cpu" else offload.parts(learner.offload)  # there it is the same memory
     return Need(
-        process=_PROCESS_BYTES // num_devices if jax.default_backend() == "cpu" else 0,
-        loaded=_bytes(learned, jnp.dtype("float32"), sizes),
-        frozen=_bytes(frozen, dtype, sizes),
-        sampler=_bytes(llama.abstract_params(model), dtype, sizes),
-        kv_cache=_kv_bytes(model, settings.sampler, dtype, ways),
-        sampling=_sampling_bytes(model, settings.sampler, dtype, ways),
+        process=_PROCESS_BYTES // num_devices if platform == "cpu" else 0,
+        loaded=size(learned, float32),
+        frozen=size(frozen, dtype),
+        sampler=size(llama.abstract_params(model), dtype),
+        kv_cache=kv_cache,
+        sampling=temporaries.sampling_bytes(model, settings.sampler, dtype, ways),
         masters=masters,
         optimizer=2 * masters,
-        reference=_bytes(learned, dtype, sizes) if learner.kl_coef else 0,
+        reference=reference,
         gradients=masters,
-        critic=3 * _bytes(critic.abstract_params(model, learner), jnp.dtype("float32"), sizes) if learner.critic else 0,
-        update=_update_bytes(model, learner, max_seq_len, sizes),
+        critic=3 * size(critic.abstract_params(model, learner), float32) if learner.critic else 0,
+        update=temporaries.update_bytes(model, learner, max_seq_len, sizes, platform),
+        hosted_optimizer=2 * masters if "optimizer" in hosted else 0,
+        hosted_reference=reference if "reference" in hosted else 0,
     )
 
 
@@ -119,92 +141,6 @@ def estimate_all(models: Mapping[str, LlamaConfig], settings: ml_collections.Con
     """What a run's models need together; their sizes by the names in `config_models.of_each`."""
     needs = [estimate(models[name], own) for name, own in config_models.of_each(settings).items()]
     return functools.reduce(Need.beside, needs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _bytes(specs: dict[str, Any], dtype: jnp.dtype, sizes: tuple[int, int, int]) -> int:
-    """One device's share of a tree of parameters on a mesh of these sizes."""
-    mesh = jax.sharding.AbstractMesh(sizes, mesh_lib.AXES)
-
-    def size(spec: llama.ParamSpec) -> int:
-        axes = mesh_lib.partition_spec(mesh, spec.shape, spec.logical_axes)
-        return math.prod(jax.sharding.NamedSharding(mesh, axes).shard_shape(spec.shape))
-
-    return sum(size(spec) for spec in jax.tree.leaves(specs)) * dtype.itemsize
-
-
-def _kv_bytes(model: LlamaConfig, sampler: ml_collections.ConfigDict, dtype: jnp.dtype, ways: int) -> int:
-    """The pages, and on CPU a dense copy at its largest, which is as many tokens as the pages have."""
-    num_pages = -(-sampler.kv_cache_tokens // sampler.page_size)
-    arrays = [functools.partial(kv_cache.init_pages, model, num_pages, sampler.page_size, dtype)]
-    if jax.default_backend() == "cpu":
-        arrays.append(functools.partial(kv_cache.init_dense, model, 1, num_pages * sampler.page_size, dtype))
-    total = sum(leaf.size for leaf in jax.tree.leaves([jax.eval_shape(make) for make in arrays])) * dtype.itemsize
-    return total // _share(model.num_kv_heads, ways)
-
-
-def _sampling_bytes(model: LlamaConfig, sampler: ml_collections.ConfigDict, dtype: jnp.dtype, ways: int) -> int:
-    """A prefill's activations and attention scores, and the logits of everybody's next token."""
-    tokens = max(4 * sampler.prefill_chunk, sampler.max_slots * sampler.page_size)
-    heads, qkv, mlp, vocab = _shares(model, ways)
-    layer = tokens * (4 * model.hidden_size + qkv + 2 * mlp) * dtype.itemsize
-    scores = 3 * tokens * heads * kv_cache.BLOCK_TOKENS * 4
-    return layer + scores + 8 * max(64, sampler.max_slots) * vocab * 4
-
-
-def _update_bytes(model: LlamaConfig, learner: LearnerSettings, max_seq_len: int, sizes: tuple[int, int, int]) -> int:
-    """`update.accumulate` for a micro-batch of conversations that are all as long as they may be.
-
-    The multiples are those of XLA's buffers for programs that were compiled for the CPU, within 20%.
-    """
-    copies, shards, ways = sizes
-    length = packing.block_length(max_seq_len, minimum=learner.min_block_length)
-    blocks = packing.micro_batch_size(
-        learner.batch_size,
-        learner.gradient_accumulation,
-        limit=learner.most_blocks(length),
-        multiple=copies * shards,
-    )
-    chunk = losses.chunk_length(blocks, length, model.vocab_size)
-    blocks //= copies * shards
-    tokens, width = blocks * length, model.hidden_size
-    heads, qkv, mlp, vocab = _shares(model, ways)
-    itemsize = jnp.dtype(learner.compute_dtype).itemsize
-    trained = lora.trained_specs(model, learner.trainable)
-    params = _bytes(trained, jnp.dtype(learner.compute_dtype), sizes)
-
-    # Inside one layer, or where logits are made of its output: the larger of the two.
-    score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
-    adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
-    layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + 3 * score_bytes
-    # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
-    is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
-    matrices = 0 if is_constant and itemsize == 4 else 2
-    logits = 4 * (3 * blocks * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
-    saved = {
-        "full": width,
-        "dots": 3 * width + qkv + 2 * mlp + adapted,
-        None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.QUERY_CHUNK else 0),
-    }[learner.remat]
-    gradients = _bytes(trained, jnp.dtype("float32"), sizes) + (3 * params if itemsize < 4 else 0)
-    return int(gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits))
-
-
-def _shares(model: LlamaConfig, ways: int) -> tuple[int, int, int, int]:
-    """One device's query heads, columns of q, k and v together, feed-forward columns, and vocabulary."""
-    kv_ways = _share(model.num_kv_heads, ways)
-    heads, kv_heads = model.num_heads // kv_ways, model.num_kv_heads // kv_ways
-    mlp = model.intermediate_size // _share(model.intermediate_size, ways)
-    return heads, (heads + 2 * kv_heads) * model.head_dim, mlp, model.vocab_size // _share(model.vocab_size, ways)
-
-
-def _share(size: int, ways: int) -> int:
-    """How many devices an axis is divided over; one that does not divide evenly stays whole (see `mesh.py`)."""
-    return ways if size % ways == 0 else 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,12 +157,30 @@ class Plan:
         settings: the configuration.
         need: of all of them.
         limit: bytes of one device, or None where that is not known.
+        is_compiled: `need.update` is the compiler's own figure.
     """
 
     models: Mapping[str, LlamaConfig]
     settings: ml_collections.ConfigDict
     need: Need
     limit: int | None
+    is_compiled: bool = False
+
+    def compiled(self) -> "Plan":
+        """The same, but what the largest micro-batch needs is read from its program, compiled for the devices here.
+
+        It takes seconds, or minutes for large models on accelerators.
+        """
+        update = 0
+        for name, own in config_models.of_each(self.settings).items():
+            model = self.models[name]
+            learner = learner_settings(own, compute_dtype(own.model.dtype))
+            sizes = mesh_lib.sizes_for(model, own, jax.device_count())
+            longest = min(own.runtime.max_seq_len, model.max_seq_len)
+            blocks, length = temporaries.largest_micro_batch(learner, longest, sizes)
+            programs = aot.compile_learner(model, learner, mesh_lib.make_mesh(*sizes), blocks=blocks, length=length)
+            update = max(update, *(p.memory_analysis().temp_size_in_bytes for p in programs.values()))
+        return dataclasses.replace(self, need=dataclasses.replace(self.need, update=update), is_compiled=True)
 
     @property
     def paths(self) -> str:
@@ -314,10 +268,12 @@ class Plan:
             ("gradients, float32", need.gradients),
             ("critic and its moments, float32", need.critic),
             (f"reference for the KL term, {dtype}", need.reference),
-            ("largest micro-batch, about", need.update),
+            ("largest micro-batch" if self.is_compiled else "largest micro-batch, about", need.update),
         ]
         totals = [("to serve", need.serving), ("to train, at least", need.training), ("to train, at most", need.peak)]
-        return [f"{name:52}{in_bytes(size):>10}" for name, size in [*parts, *totals] if size]
+        lines = [f"{name:52}{in_bytes(size):>10}" for name, size in [*parts, *totals] if size]
+        hosted = need.hosted_optimizer + need.hosted_reference
+        return lines + [f"{'of that, on the host between uses':52}{in_bytes(hosted):>10}"] * bool(hosted)
 
 
 def plan(settings: ml_collections.ConfigDict) -> Plan:
@@ -369,6 +325,8 @@ def _knobs(
         yield "runtime.gradient_accumulation", _doubled(runtime.gradient_accumulation, runtime.batch_size)
         if runtime.remat != "full":
             yield "runtime.remat", ["full"]
+        if runtime.offload == "none" and jax.default_backend() != "cpu":
+            yield "runtime.offload", ["reference", "optimizer", "both"]
     tokens = range(sampler.kv_cache_tokens // 1024 * 1024, runtime.max_seq_len, -1024)
     yield "sampler.kv_cache_tokens", [n for n in (*tokens, runtime.max_seq_len) if n < sampler.kv_cache_tokens]
     if not config_models.names(settings) and jax.default_backend() != "cpu":
@@ -382,6 +340,8 @@ def _knobs(
     yield "runtime.max_seq_len", [longest >> n for n in range(1, 6) if longest >> n >= 256]
     if not config_models.names(settings) and compute_dtype(settings.model.dtype) == jnp.float32:
         yield "model.dtype", ["bfloat16"]
+    if moment == "peak" and not config_models.names(settings) and not settings.model.lora_rank:
+        yield "model.lora_rank", [32]
     if moment == "peak" and settings.algorithm.kl_coef:
         yield "algorithm.kl_coef", [0.0]
 

@@ -37,6 +37,7 @@ FLOORS = {
     "lightning_jax.policy": 6,
     "lightning_jax.rows": 6,
     "lightning_jax.aot": 6,  # the programs of sampler and rl, lowered from shapes
+    "lightning_jax.temporaries": 6,
     "lightning_jax.memory": 7,
     "lightning_jax.training": 7,
     "lightning_jax.server": 8,

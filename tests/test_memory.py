@@ -14,8 +14,9 @@ from lightning_jax import memory
 from lightning_jax.model import llama, lora, shapes
 from lightning_jax.policy import Policies
 from lightning_jax.rl import critic, update
-from lightning_jax.rl.packing import Batch
-from lightning_jax.rl.settings import learner_settings
+from lightning_jax.rl.learner import Learner
+from lightning_jax.rl.packing import Batch, empty_blocks
+from lightning_jax.rl.settings import compute_dtype, learner_settings
 
 LLAMA_3B = shapes.named_shape("llama3.2-3b")
 SMOLLM2 = shapes.named_shape("smollm2-135m")
@@ -112,6 +113,34 @@ def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, rem
     lowered = update.accumulate.lower(*arguments, config=model, settings=learner)
     compiled = lowered.compile().memory_analysis().temp_size_in_bytes
     assert 0.9 < memory.estimate(model, config).update / compiled < 1.3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__dtype": "bfloat16"}, {"model__lora_rank": 8, "runtime__remat": "dots"}], ids=str
+)
+def test_a_compiled_plan_is_near_the_real_peak(changes):
+    """Of an update: the arrays that the learner's program gets and makes, and what it works with."""
+    config = settings(
+        runtime__batch_size=8,
+        algorithm__group_size=8,
+        runtime__gradient_accumulation=1,
+        runtime__max_seq_len=256,
+        **changes,
+    )
+    estimated = memory.Plan({config.model.path: TINY}, config, memory.estimate(TINY, config), None)
+    need = estimated.compiled().need
+    dtype = compute_dtype(config.model.dtype)
+    learner_of = learner_settings(config, dtype)
+    learner = Learner(TINY, llama.init_params(TINY, jax.random.key(0)), learner_of)
+    batch = jax.tree.map(jnp.asarray, empty_blocks(8, 256))
+    totals = update.zero_totals(learner.state.params)
+    arguments = totals, learner.state.params, learner._reference, batch, jnp.float32(1), learner.frozen
+    compiled = update.accumulate.lower(*arguments, config=TINY, settings=learner_of).compile()
+    sizes = compiled.memory_analysis()
+    real = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes - bytes_of(batch)
+    real += sizes.output_size_in_bytes - sizes.alias_size_in_bytes + bytes_of(learner.state.opt_state)
+    others = need.process + need.sampler + need.kv_cache
+    assert need.peak - others == pytest.approx(real, rel=0.1)
 
 
 def test_adapters_need_a_fraction():
