@@ -119,6 +119,9 @@ def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes
     """Chooses the device, keeps compiled programs for the next start, and joins the other processes, if there are."""
     if config.device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(config.device, config.device))
+    # JAX reserves three quarters of a GPU's memory, unless it is told to reserve more; this process has it to itself.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; both are an error
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
     if not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

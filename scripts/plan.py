@@ -4,7 +4,7 @@
 
 The learner's and the sampler's real programs are compiled from shapes alone. For TPU that takes the `libtpu` package,
 which runs on any x86 Linux machine; for `cpu:N` nothing else. For GPU (`h100:8`) the memory is estimated from shapes,
-since GPU programs cannot be compiled without one.
+since GPU programs cannot be compiled without one; temporaries are taken to be as those compiled for TPU.
 
 Every figure is read from a compiled program, or is a chip's published limit; none is measured. "At least" is the
 longest of arithmetic, memory traffic and collectives at the published peak rates: no real step is faster.
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--kv_cache_tokens", type=int, default=65536)
     parser.add_argument("--kl_coef", type=float, default=0.001, help="0 keeps no reference")
     parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument("--offload", default="none", help="as runtime.offload: none, reference, optimizer, both")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
     kind, _, size = args.topology.partition(":")
@@ -88,10 +89,11 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     """Everything, as plain numbers; bytes, FLOPs and seconds are of one chip."""
     import jax
 
-    from lightning_jax import aot
+    from lightning_jax import aot, temporaries
     from lightning_jax import mesh as mesh_lib
     from lightning_jax.model.lora import Trainable
     from lightning_jax.model.shapes import named_shape
+    from lightning_jax.rl import offload
     from lightning_jax.rl.update import LearnerSettings
 
     config = named_shape(args.model)
@@ -111,6 +113,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
         max_seq_len=args.seq_len,
         remat="full",
         compute_dtype=dtype,
+        offload=args.offload,
         trainable=Trainable(lora_rank=args.lora_rank),
     )
     sampler = aot.SamplerShapes(
@@ -133,10 +136,18 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
         kernels = aot.kernel_costs(config, sampler, mesh, blocks=blocks, length=args.seq_len)
         programs = {name: program_costs(program, kernels, chip) for name, program in compiled.items()}
     plan["programs"] = programs
-    plan["peak_bytes"] = sum(kept.values()) + max((p["temporary_bytes"] for p in programs.values()), default=0)
+    temporary = {name: p["temporary_bytes"] for name, p in programs.items()}
+    if not programs:
+        temporary["accumulate"] = temporaries.update_bytes(config, settings, args.seq_len, mesh_shape, "gpu")
+    plan["temporary_bytes"] = temporary
+    hosted = {name: kept.get(name, 0) for name in offload.parts(args.offload)} if kind != "cpu" else {}
+    plan["hosted_bytes"] = hosted
+    on_device = sum(kept.values()) - sum(hosted.values())
+    plan["peak_bytes"] = max(
+        on_device + max(temporary.values()),
+        on_device + hosted.get("optimizer", 0) + temporary.get("apply", 0),  # the optimizer's step
+    )
     plan["fits"] = plan["peak_bytes"] <= chip.memory_bytes if chip else None
-    if plan["fits"] and not programs:
-        plan["fits"] = None  # temporaries are not known
     return plan
 
 
@@ -172,12 +183,15 @@ def table(plan: dict) -> list[str]:
     data, fsdp, tensor = plan["mesh"]
     lines = [f"{plan['model']} on {plan['topology']}, data={data} fsdp={fsdp} tensor={tensor}; a chip's share of:"]
     lines += [f"  {name:38}{gb(size):>14}" for name, size in plan["kept_bytes"].items() if size]
-    for name, program in plan["programs"].items():
-        lines.append(f"  {f'temporaries of {name}':38}{gb(program['temporary_bytes']):>14}")
+    about = "" if plan["programs"] else ", about"
+    lines += [f"  {f'temporaries of {n}{about}':38}{gb(size):>14}" for n, size in plan["temporary_bytes"].items()]
+    if hosted := plan["hosted_bytes"]:
+        name = f"on the host: {' and '.join(hosted)}"
+        lines.append(f"  {name:38}{f'-{gb(sum(hosted.values()))}':>14}")
     known = plan["memory_bytes"]
-    words = {True: "fits", False: "DOES NOT FIT", None: "fits, if temporaries do"}
+    words = {True: "fits", False: "DOES NOT FIT"}
     verdict = "" if known is None else f" of {gb(known)}: {words[plan['fits']]}"
-    lines.append(f"  {'together, with the largest temporaries':38}{gb(plan['peak_bytes']):>14}{verdict}")
+    lines.append(f"  {'together, at the most':38}{gb(plan['peak_bytes']):>14}{verdict}")
     blocks, length = plan["block_tokens"]
     titles = {
         "accumulate": f"accumulate, a micro-batch of {blocks} x {length} tokens",
@@ -191,7 +205,7 @@ def table(plan: dict) -> list[str]:
         if "seconds" in p:
             lines.append(f"  at least {p['seconds'] * 1e3:,.2f} ms, by {p['limit']}")
     if not plan["programs"]:
-        lines.append("GPU programs cannot be compiled without one: temporaries, arithmetic and traffic are not known")
+        lines.append("GPU programs cannot be compiled without one: arithmetic and traffic are not known")
     return lines
 
 

@@ -154,6 +154,27 @@ def test_adapters_need_a_fraction():
     assert kept[0] < 0.25 * kept[1]
 
 
+# The reference's own default: bfloat16 with float32 masters, group 8, conversations of 4096 tokens, KL term.
+ON_80_GB = {"model__dtype": "bfloat16", "runtime__gradient_accumulation": 256, "algorithm__group_size": 8}
+
+
+def test_a_3b_model_trains_on_one_gpu_of_80_gb():
+    def need(**changes):
+        return memory.estimate(LLAMA_3B, settings(**ON_80_GB, **changes), 1, "gpu")
+
+    plain, hosted, both, adapters = (
+        need(),
+        *(need(runtime__offload=o) for o in ("optimizer", "both")),
+        need(model__lora_rank=32),
+    )
+    assert plain.peak > 80 * GB > hosted.peak > both.peak
+    assert hosted.hosted_optimizer == plain.optimizer == pytest.approx(8 * 3.21e9, rel=0.01)
+    assert hosted.peak == plain.training  # the moments come back for the optimizer's step
+    assert both.peak == hosted.peak - plain.reference
+    assert adapters.peak < 30 * GB
+    assert memory.estimate(LLAMA_3B, settings(**ON_80_GB, runtime__offload="both"), 1, "cpu").hosted_optimizer == 0
+
+
 @pytest.mark.parametrize("kind", ["copy", "shared"])
 def test_a_critic_is_exact(kind):
     config = settings(algorithm__name="ppo", algorithm__critic=kind)
@@ -256,3 +277,21 @@ def test_what_no_setting_mends_says_so(on_machine):
     on_machine(1)
     with pytest.raises(InvalidConfigError, match="choose a smaller model"):
         plan(LLAMA_3B, 1, mode="train").check()
+
+
+def test_offloading_and_adapters_are_advised_where_they_help(on_machine, monkeypatch):
+    on_machine(80)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    warning = plan(LLAMA_3B, 80, mode="train", agent__script="a", data__train_file="b", **ON_80_GB).check()
+    assert advised(warning)["runtime.offload"] == "optimizer"
+    on_machine(50)
+    config = {"mode": "train", "agent__script": "a", "data__train_file": "b", "runtime__offload": "both"}
+    with pytest.raises(InvalidConfigError) as caught:
+        plan(LLAMA_3B, 50, **config, **ON_80_GB).check()
+    assert advised(caught.value.hint)["model.lora_rank"] == "32"
+
+
+def test_the_plan_tells_what_is_offloaded(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lines = plan(LLAMA_3B, 80, runtime__offload="optimizer", **ON_80_GB).table()
+    assert any(line.startswith("of that, on the host between uses") and line.endswith("25.7 GB") for line in lines)
