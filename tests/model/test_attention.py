@@ -103,3 +103,63 @@ def test_splash_on_a_mesh_divides_batch_and_heads():
     with jax.set_mesh(mesh_lib.make_mesh()):
         meshed = jax.jit(lambda *x: attention.splash_attention(*x, segment, None, interpret=True))(*inputs)
     np.testing.assert_allclose(meshed, alone, rtol=0, atol=1e-6)
+
+
+# cuDNN, without a GPU -------------------------------------------------------------------------------------------------
+
+
+FORWARD, BACKWARD = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
+
+
+def lowered_for_gpu(dtype, total=256, width=64, window=None) -> str:
+    """The StableHLO of attention and its gradients, as a process with a GPU makes it."""
+    segment, position = packed(total, (total // 2, total // 4))
+    shapes = (1, total, K, G, width), (1, total, K, width), (1, total, K, width)
+
+    def loss(*inputs):
+        return segment_attention(segment, position, window)(*inputs, None)[0].astype(jnp.float32).sum()
+
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        # JAX promises nothing about these calls for programs that are stored; this one is only read.
+        calls = map(jax.export.DisabledSafetyCheck.custom_call, (FORWARD, BACKWARD))
+        exported = jax.export.export(grad, platforms=["cuda"], disabled_checks=tuple(calls))(*inputs)
+    return exported.mlir_module()
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX asks the library for its version before it makes a call to it, and this package asks the GPU for its own."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_cudnn_is_called_forward_and_backward(with_cudnn, window):
+    text = lowered_for_gpu(jnp.bfloat16, window=window)
+    assert text.count(f"@{FORWARD}(") == text.count(f"@{BACKWARD}(") == 1
+    assert f"tensor<1x{K * G}x256x256x" not in text  # nobody keeps scores
+
+
+@pytest.mark.parametrize(
+    "unsuited", [{"dtype": jnp.float32}, {"total": 255}, {"width": 12}, {"width": 136}], ids=lambda x: next(iter(x))
+)
+def test_what_cudnn_does_not_take_goes_the_plain_path(with_cudnn, unsuited):
+    assert "@__cudnn" not in lowered_for_gpu(**{"dtype": jnp.bfloat16} | unsuited)
+
+
+@pytest.mark.parametrize(
+    "capability, has", [("9.0", True), ("10.3", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
+)
+def test_gpus_that_have_the_kernel(monkeypatch, capability, has):
+    device = type("Device", (), {"compute_capability": capability})()
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert attention._has_cudnn() is has
+
+
+def test_without_cudnn_a_gpu_goes_the_plain_path():
+    assert "@__cudnn" not in lowered_for_gpu(jnp.bfloat16)
