@@ -16,8 +16,8 @@ from lightning_jax.model import llama
 from lightning_jax.model.config import LlamaConfig
 
 # JAX's device_kind, in lower case, begins with -> (dense bfloat16 FLOP/s, bytes/s of its memory); the longest wins.
-# Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; NVIDIA's data sheets, which
-# give bfloat16 with sparsity, twice the dense rate.
+# Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; NVIDIA's figures, as
+# pages that quote its data sheets have them: bfloat16 with sparsity is twice the dense rate.
 LIMITS = {
     "tpu v4": (275e12, 1200e9),
     "tpu v5 lite": (197e12, 819e9),
