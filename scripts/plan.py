@@ -34,8 +34,8 @@ class Chip:
 # TPU: Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; of the interchip
 # interconnect, which they give for both directions together, the half. v4's page leaves it out: 6 links of 400 Gbit/s
 # each way (arXiv:2304.01433). The JAX scaling book (tpus.md) has a tenth less for every generation's links.
-# GPU: NVIDIA's figures of A100, H100 and H200 SXM, as quoted by others; half of the bfloat16 figure, which is with sparsity, and half of
-# NVLink's, which is of both directions.
+# GPU: NVIDIA's figures of A100, H100 and H200 SXM, as quoted by others; half of the bfloat16 figure, which is with
+# sparsity, and half of NVLink's, which is of both directions.
 CHIPS = {
     "v4": Chip(32e9, 275e12, 1200e9, 300e9),
     "v5e": Chip(16e9, 197e12, 819e9, 200e9),
