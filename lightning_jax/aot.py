@@ -116,7 +116,7 @@ def compile_learner(
     reference = None
     if settings.kl_coef:
         reference = frozen if settings.trainable.lora_rank else whole
-    if reference is not None and reference is not frozen and "reference" in offload.parts(settings.offload):
+    if "reference" in offload.parts(settings):
         reference, batch = None, batch.replace(reference_logprob_bt=batch.advantage_bt)  # of that shape
     num_tokens = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     statics = {"config": config, "settings": settings, "mesh": mesh}

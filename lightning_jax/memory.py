@@ -118,7 +118,7 @@ def estimate(
     masters = size(lora.trained_specs(model, learner.trainable), float32)
     reference = size(learned, dtype) if learner.kl_coef else 0
     kv_cache = temporaries.kv_bytes(model, settings.sampler, dtype, ways, platform)
-    hosted = () if platform == "cpu" else offload.parts(learner.offload)  # there it is the same memory
+    hosted = () if platform == "cpu" else offload.parts(learner)  # there it is the same memory
     return Need(
         process=_PROCESS_BYTES // num_devices if platform == "cpu" else 0,
         loaded=size(learned, float32),

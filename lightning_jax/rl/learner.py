@@ -83,11 +83,10 @@ class Learner:
             self._scalar_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         trained, frozen = lora.split(params, settings.trainable)
         self.frozen = self._place_frozen(frozen) if frozen else None
-        self._offloaded = set(offload.parts(settings.offload))
+        self._offloaded = offload.parts(settings)
         self._reference = None
         if settings.kl_coef and settings.trainable.lora_rank:
             self._reference = self.frozen  # the adapters switched off
-            self._offloaded.discard("reference")
         elif settings.kl_coef:
             reference = self._place(trained, settings.compute_dtype)
             if "reference" in self._offloaded:
@@ -224,7 +223,7 @@ class Learner:
         """Takes them all; their metrics stay on the device."""
         statics = {"config": self.config, "settings": self.settings}
         metrics, reference = [], self._reference
-        if reference is not None and "reference" in self._offloaded:
+        if "reference" in self._offloaded:
             steps, reference = self._with_reference(steps), None
         for batches in steps * self.settings.epochs:
             num_tokens = self._num_tokens(batches)

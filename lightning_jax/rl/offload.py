@@ -9,15 +9,17 @@ from typing import Any
 import jax
 
 from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax.rl.update import LearnerSettings
 
 _PARTS = {"none": (), "reference": ("reference",), "optimizer": ("optimizer",), "both": ("reference", "optimizer")}
 CHOICES = tuple(_PARTS)
 _HOST = "pinned_host"
 
 
-def parts(choice: str) -> tuple[str, ...]:
-    """What a value of `runtime.offload` names."""
-    return _PARTS[choice]
+def parts(settings: LearnerSettings) -> tuple[str, ...]:
+    """What of "reference" and "optimizer" waits there; the reference of adapters does not, being the frozen model."""
+    has_own_reference = settings.kl_coef and not settings.trainable.lora_rank
+    return tuple(part for part in _PARTS[settings.offload] if part != "reference" or has_own_reference)
 
 
 def to_host(tree: Any) -> Any:
