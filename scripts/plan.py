@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--kv_cache_tokens", type=int, default=65536)
     parser.add_argument("--kl_coef", type=float, default=0.001, help="0 keeps no reference")
     parser.add_argument("--lora_rank", type=int, default=0)
-    parser.add_argument("--offload", default="none", help="as runtime.offload: none, reference, optimizer, both")
+    parser.add_argument("--offload", choices=("none", "reference", "optimizer", "both"), default="none")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
     kind, _, size = args.topology.partition(":")
@@ -140,7 +140,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     if not programs:
         temporary["accumulate"] = temporaries.update_bytes(config, settings, args.seq_len, mesh_shape, "gpu")
     plan["temporary_bytes"] = temporary
-    hosted = {name: kept.get(name, 0) for name in offload.parts(args.offload)} if kind != "cpu" else {}
+    hosted = {name: kept[name] for name in offload.parts(settings)} if kind != "cpu" else {}
     plan["hosted_bytes"] = hosted
     on_device = sum(kept.values()) - sum(hosted.values())
     plan["peak_bytes"] = max(
