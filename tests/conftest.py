@@ -19,8 +19,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would ask a model hub fails instead
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for name in [name for name in os.environ if name.startswith(("LIGHTNING_", "AGENT_LIGHTNING_"))]:
-    del os.environ[name]  # settings of whoever runs the tests
+OWN = ("LIGHTNING_", "AGENT_LIGHTNING_", "OPENAI_", "ANTHROPIC_", "LANGSMITH_", "LANGCHAIN_")
+for name in [name for name in os.environ if name.startswith(OWN)]:
+    del os.environ[name]  # settings and keys of whoever runs the tests
+os.environ |= {  # agents' packages do not call home
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LANGSMITH_TRACING": "false",
+    "PYTHON_DOTENV_DISABLED": "1",
+}
 
 # Whoever starts the tests in the background leaves them SIGINT ignored, and the programs that tests interrupt as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,6 @@
 """One real server for all client packages, and rollouts whose every call is held against its ids and the learner."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -18,15 +17,6 @@ from lightning_jax.store import CallRecord, Store
 from tests.server.conftest import Running, settings
 
 from . import checks, obedient
-
-# Before any of the packages is imported: none of them is to call home, or to find a key of whoever runs the tests.
-for name in [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "LANGSMITH_", "LANGCHAIN_"))]:
-    del os.environ[name]
-os.environ |= {
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "LANGSMITH_TRACING": "false",
-    "PYTHON_DOTENV_DISABLED": "1",
-}
 
 
 class Sum(pydantic.BaseModel):
