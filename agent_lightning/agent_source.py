@@ -5,9 +5,11 @@ With it goes what `agent_lightning.runtime` was told in this process: settings, 
 
 import base64
 import inspect
+import io
 import os
 import re
 import sys
+import types
 from collections.abc import Callable
 from importlib import util as importlib_util
 
@@ -84,7 +86,7 @@ def _pickled(value, functions: list[Callable], what: str, hint: str) -> str:
         for module in by_value:
             cloudpickle.register_pickle_by_value(module)
             registered.append(module)
-        return base64.b64encode(cloudpickle.dumps(value)).decode()
+        return base64.b64encode(_dumped(value)).decode()
     except Exception as error:
         raise InvalidConfigError(
             f"{what} cannot be sent to the workers: {type(error).__name__}: {error}", hint=hint
@@ -92,6 +94,27 @@ def _pickled(value, functions: list[Callable], what: str, hint: str) -> str:
     finally:
         for module in registered:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def _dumped(value) -> bytes:
+    """As cloudpickle does it, but code keeps the name of its file, which cloudpickle leaves out since 3.1.3: a
+    traceback from a worker shows the agent's own lines, and `air.merge` knows copies of a handler by it.
+    """
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj):
+            if isinstance(obj, types.CodeType) and obj.co_filename:
+                return _code_of_file, (obj.replace(co_filename=""), obj.co_filename)
+            return super().reducer_override(obj)
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def _code_of_file(code: types.CodeType, filename: str) -> types.CodeType:
+    return code.replace(co_filename=filename)
 
 
 def _unpickled(data: str):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 
 import pytest
 
@@ -176,3 +177,18 @@ def test_a_function_of_a_module_that_workers_cannot_import_is_sent_by_value(tmp_
     code = f"from agent_lightning.agent_source import unpack_agent; print(unpack_agent({packed!r})(None, 6))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.path[0] or None)
     assert done.stdout.strip() == "42", done.stderr
+
+
+def test_a_traceback_of_a_sent_agent_shows_its_own_lines():
+    def agent(resource, task):
+        return [1 // part for part in task]
+
+    (frame,) = traceback_of(unpack_agent(pack_agent(agent)), None, [0])[-1:]
+    assert (frame.filename, frame.line) == (__file__, "return [1 // part for part in task]")
+
+
+def traceback_of(function, *arguments):
+    try:
+        function(*arguments)
+    except ZeroDivisionError as error:
+        return traceback.extract_tb(error.__traceback__)
