@@ -32,7 +32,7 @@ make_environment() {
     exit 1
 }
 
-install_packages() { # NAME PIP_ARGUMENT...: once, and again when what it depends on has changed
+install_packages() { # NAME PIP_OPTION PACKAGE...: once, and again when what it depends on has changed
     local stamp=$VENV/.installed-$1
     local wanted
     wanted="$PWD ${*:2} $(cat setup.py pyproject.toml | cksum)"
@@ -40,9 +40,8 @@ install_packages() { # NAME PIP_ARGUMENT...: once, and again when what it depend
         return
     fi
     echo "installing $1 into $VENV (a few minutes the first time)"
-    # Editable, so that the packages are always the ones in this folder.
-    if ! "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --editable "${@:2}"; then
-        echo "error: pip could not install ${*:2}; its messages are above. Run this again, or remove $VENV first." >&2
+    if ! "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check "${@:2}"; then
+        echo "error: pip could not install ${*:3}; its messages are above. Run this again, or remove $VENV first." >&2
         exit 1
     fi
     echo "$wanted" > "$stamp"

@@ -9,5 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source scripts/environment.sh
 make_environment
-install_packages server ".[server]"
+install_packages server --editable ".[server]"  # the packages are always the ones in this folder
 exec "$VENV_PYTHON" -m lightning_jax.main --config=configs/quickstart.py "$@"

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source scripts/environment.sh
 make_environment
-install_packages tests ".[server,dev,clients]"
+install_packages tests --editable ".[server,dev,clients,ray]"
 
 # PyTorch is what transformers, the reference of many tests, computes with. The product never imports it. These tests
 # are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error. The CPU
@@ -23,6 +23,12 @@ if ! "$VENV_PYTHON" -c "import sys, torch; sys.exit(torch.__version__.split('+')
         echo "warning: torch $TORCH could not be installed on $("$VENV_PYTHON" --version): the live comparisons with" \
             "transformers are skipped, and the committed reference values stand in for them" >&2
     fi
+fi
+
+# Oracles that are compared with live, as they are and without what they ask for: verl's `core_algos` runs with stand-ins
+# for its imports, and peft loads adapters with torch and transformers alone.
+if "$VENV_PYTHON" -c "import torch" 2>/dev/null; then
+    install_packages oracles --no-deps verl==0.9.1 peft==0.21.2 accelerate==1.15.0
 fi
 
 # Two processes, each with whole files, so that a file's tests share what they compiled; in the order in which they are

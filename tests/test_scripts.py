@@ -83,8 +83,10 @@ def test_without_a_supported_python_it_says_which_are(clone, python, found):
 def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
     done, calls = clone("scripts/test.sh", "tests/rl", "-k", "grpo")
     assert done.returncode == 0, done.stderr
-    assert installs(calls)[0].endswith("--editable .[server,dev,clients]")
+    assert installs(calls)[0].endswith("--editable .[server,dev,clients,ray]")
+    assert "--no-deps verl==" in installs(calls)[-1]
     assert calls[-1] == "-m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/rl -k grpo"
+    assert installs(clone("scripts/test.sh")[1]) == []
 
 
 def test_ci_runs_exactly_the_test_script():
