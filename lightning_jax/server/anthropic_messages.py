@@ -195,7 +195,9 @@ def _text(content: str | list, where: str) -> str:
         return content
     for i, block in enumerate(content):
         if not isinstance(block, dict) or block.get("type") != "text":
-            raise ApiError(f"{where}.{i}: only blocks of type 'text' are supported here", param=f"{where}.{i}")
+            kind = block.get("type") if isinstance(block, dict) else block
+            problem = f"only blocks of type 'text' are supported here, not {kind!r}"
+            raise ApiError(f"{where}.{i}: {problem}", param=f"{where}.{i}")
     return "".join(_field(block, "text", str, f"{where}.{i}") for i, block in enumerate(content))
 
 

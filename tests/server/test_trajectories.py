@@ -47,6 +47,12 @@ def reward_call(running, record, index, reward):
 
 
 @pytest.fixture(scope="module")
+def serving(start, random_model):
+    """A server of its own: other files train the one that they share, and here the calls are the initial model's."""
+    return start(random_model)
+
+
+@pytest.fixture(scope="module")
 def job(serving):
     """A job of one rollout with two calls, one that failed, one without a call, and an evaluation in a later step."""
     job, leases, ids = serving.open(samples=3)
