@@ -281,19 +281,20 @@ def _decode_shapes(
 ) -> dict[tuple[int, int], bool]:
     """(rows, pages per row) of the decode programs, smallest first, and whether each works on a dense copy.
 
-    The copy pays on CPU. It must not be larger than all pages together; where it would be, the pages are read, by one
-    program for all lengths.
+    The copy pays on CPU. It must not be larger than all pages together, but for what its length is rounded up; where it
+    would be, the pages are read, by one program for all lengths.
     """
     block = max(kv_cache.BLOCK_TOKENS, page_size)
+    needed = -(-max_seq_len // page_size)
     longest = -(-max_seq_len // block) * block
     lengths = [length for length in (64, 128, 256, *(4**i for i in range(5, 12))) if length >= page_size]
     widths = [length // page_size for length in [*(length for length in lengths if length < longest), longest]]
     shapes: dict[tuple[int, int], bool] = {}
     for rows in batch_sizes:
-        dense = [width for width in widths if jax.default_backend() == "cpu" and rows * width <= num_pages]
+        dense = [width for width in widths if jax.default_backend() == "cpu" and rows * min(width, needed) <= num_pages]
         shapes |= {(rows, width): True for width in dense}
         if dense != widths:
-            shapes[rows, -(-max_seq_len // page_size)] = False
+            shapes[rows, needed] = False
     return shapes
 
 

@@ -18,7 +18,7 @@ from lightning_jax.model.llama import Attend, LlamaConfig
 from lightning_jax.sampler import ragged_pages
 from lightning_jax.sampler.ragged_pages import RaggedPages
 
-BLOCK_TOKENS = 128  # keys that prefill attends to at a time
+BLOCK_TOKENS = 64  # keys that prefill attends to at a time
 _MASKED = -1e30  # not -inf: a block with every key masked must not make NaNs
 _LOWEST = -1e6  # running maximum before the first key; far above _MASKED, so that masked keys weigh nothing
 
@@ -167,7 +167,7 @@ def prefill_attention(
         carry = (jnp.zeros((b, k, g, t, h), jnp.float32), zeros_bkgt + _LOWEST, zeros_bkgt)
         out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-end // block), visit, carry)
         out_btkgh = jnp.moveaxis(out_bkgth * (1.0 / sum_bkgt)[..., None], 3, 1)
-        return out_btkgh.reshape(q_n1kgh.shape), pages
+        return _in_place(out_btkgh.reshape(q_n1kgh.shape)), pages
 
     return attend
 
@@ -216,7 +216,7 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
                 return carry[0] * scale_bkg[..., None] + out_bkngh[:, :, n], carry[1] * scale_bkg + sum_bkgn[..., n]
 
             out_bkgh, sum_bkg = jax.lax.fori_loop(1, blocks, merge, (out_bkgh, sum_bkg))
-        return (out_bkgh * (1.0 / sum_bkg)[..., None])[:, None], dense
+        return _in_place((out_bkgh * (1.0 / sum_bkg)[..., None])[:, None]), dense
 
     return attend
 
@@ -292,6 +292,13 @@ def _weighted(weight_bkgts: jax.Array, v_bksw: jax.Array) -> jax.Array:
     return jnp.einsum(
         "bkgts,bksw->bkgtw", weight_bkgts.astype(v_bksw.dtype), v_bksw, preferred_element_type=jnp.float32
     )
+
+
+def _in_place(out_btkgh: jax.Array) -> jax.Array:
+    """Without the barrier XLA multiplies with another order of the heads, and at every step turns the weights that
+    come next into it.
+    """
+    return jax.lax.optimization_barrier(out_btkgh)
 
 
 def _value_width(head_dim: int) -> int:

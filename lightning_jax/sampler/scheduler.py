@@ -101,10 +101,11 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBatch:
-    """One prefill dispatch: up to `rows` sequences, up to `chunk` tokens of each.
+    """One prefill dispatch: `rows` pieces at most, of up to `chunk` tokens each.
 
     Attributes:
-        items: (sequence, first token, number of tokens).
+        items: (sequence, first token, number of tokens). A sequence may have several rows, one after the other: the
+            device writes the keys of all rows before any of them attends.
     """
 
     rows: int
@@ -280,7 +281,7 @@ class Scheduler:
     # Rounds -----------------------------------------------------------------------------------------------------------
 
     def plan_prefill(self) -> Iterator[PrefillBatch]:
-        """Dispatches that bring every sequence that is still prefilling one chunk further.
+        """Dispatches that bring every sequence that is still prefilling one chunk further, the longest chunk.
 
         The caller dispatches each batch before it asks for the next; that is when its pages count as filled.
         """
@@ -288,20 +289,29 @@ class Scheduler:
         for sequence in self.running.values():
             left = sequence.target - sequence.computed
             if left > 0 and sequence.leader is None:
-                todo[next((chunk for chunk in self._chunks if chunk >= left), self._chunks[-1])].append(sequence)
+                todo[_chunk_for(left, self._chunks)].append(sequence)
         for chunk in reversed(self._chunks):
-            sequences = todo[chunk]
-            while sequences:
-                rows = _rows_for(len(sequences), self._prefill_rows[chunk])
-                members, sequences = sequences[:rows], sequences[rows:]
+            items = self._pieces(todo[chunk], chunk)
+            while items:
+                rows = _rows_for(len(items), self._prefill_rows[chunk])
+                members, items = items[:rows], items[rows:]
                 for shorter in self._chunks[: self._chunks.index(chunk)]:  # room left over saves dispatches
-                    if len(todo[shorter]) <= rows - len(members):
-                        members += todo[shorter]
+                    more = self._pieces(todo[shorter], chunk)
+                    if len(more) <= rows - len(members):
+                        members += more
                         todo[shorter] = []
-                batch = PrefillBatch(rows, chunk, [(s, s.computed, min(chunk, s.target - s.computed)) for s in members])
+                batch = PrefillBatch(rows, chunk, members)
                 yield batch
                 for sequence, start, length in batch.items:
                     self._prefilled(sequence, start + length)
+
+    def _pieces(self, sequences: list[Sequence], chunk: int) -> list[tuple[Sequence, int, int]]:
+        """What one plan computes of these sequences, in rows of `chunk` tokens, as `PrefillBatch.items`."""
+        pieces = []
+        for sequence in sequences:
+            end = min(sequence.target, sequence.computed + self._chunks[-1])
+            pieces += [(sequence, start, min(chunk, end - start)) for start in range(sequence.computed, end, chunk)]
+        return pieces
 
     def _prefilled(self, sequence: Sequence, upto: int) -> None:
         sequence.computed = upto
@@ -403,6 +413,16 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+
+def _chunk_for(left: int, chunks: list[int]) -> int:
+    """Tokens of a row for a sequence that has `left` to prefill: the most for which rows are padded little more than
+    the shortest ones would be.
+    """
+    if left >= chunks[-1]:
+        return chunks[-1]
+    padded = [-(-left // chunk) * chunk for chunk in chunks]
+    return max(chunk for chunk, tokens in zip(chunks, padded, strict=True) if 4 * tokens <= 5 * padded[0])
 
 
 def _rows_for(count: int, choices: list[int]) -> int:

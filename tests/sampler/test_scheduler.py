@@ -11,14 +11,17 @@ from lightning_jax.sampler.scheduler import Scheduler, Sequence
 PAGE_SIZE, STEPS, MAX_SEQ_LEN = 4, 3, 32
 
 
-def make(max_slots: int = 4, num_pages: int = 40) -> Scheduler:
+SHAPES = [(1, 4), (8, 4), (1, 8), (4, 8)]
+
+
+def make(max_slots: int = 4, num_pages: int = 40, prefill_shapes: list[tuple[int, int]] = SHAPES) -> Scheduler:
     return Scheduler(
         max_slots=max_slots,
         num_pages=num_pages,
         page_size=PAGE_SIZE,
         max_seq_len=MAX_SEQ_LEN,
         decode_steps=STEPS,
-        prefill_shapes=[(1, 4), (8, 4), (1, 8), (4, 8)],
+        prefill_shapes=prefill_shapes,
     )
 
 
@@ -247,3 +250,15 @@ def test_prefill_joins_short_chunks_to_long_ones_where_rows_are_free():
     scheduler.admit(0)
     (batch,) = scheduler.plan_prefill()
     assert (batch.rows, batch.chunk, len(batch.items)) == (4, 8, 4)
+
+
+def test_a_prompt_takes_several_short_rows_where_a_long_one_would_be_mostly_padding():
+    scheduler = make(max_slots=4, num_pages=100, prefill_shapes=[(2, 4), (1, 16)])
+    scheduler.add(sequence("short", list(range(6))))
+    scheduler.add(sequence("long", list(range(100, 113))))
+    scheduler.admit(0)
+    long, short = scheduler.plan_prefill()
+    assert (long.chunk, [(start, length) for _, start, length in long.items]) == (16, [(0, 13)])
+    assert (short.chunk, [(start, length) for _, start, length in short.items]) == (4, [(0, 4), (4, 2)])
+    assert [row for row, _ in short.samples()] == [1]
+    assert len(scheduler.plan_decode()) == 2
