@@ -12,7 +12,10 @@ def default() -> config_dict.ConfigDict:
     algorithm.group_size = 8  # rollouts of each task in a step
     algorithm.learning_rate = 5e-7  # AdamW, after the warm-up
     algorithm.warmup_steps = 0  # updates over which the learning rate rises linearly from 0
-    algorithm.weight_decay = 0.0
+    algorithm.lr_schedule = "constant"  # after the warm-up; or "linear", "cosine": down to ...
+    algorithm.lr_min_ratio = 0.0  # ... this part of the learning rate ...
+    algorithm.lr_decay_steps = 0  # ... at this update, warm-up included, where it stays; 0: runtime.total_steps
+    algorithm.weight_decay = 0.0  # AdamW's, on matrices alone
     algorithm.adam_b1 = 0.9
     algorithm.adam_b2 = 0.999
     algorithm.max_grad_norm = 1.0  # the gradient's global norm is clipped to this
@@ -57,6 +60,13 @@ _USED_BY = {
 } | {name: ("ppo",) for name in ("actor_lr", "critic_lr", "critic", "critic_warmup", "gae_lambda", "value_clip")}
 
 
+def decay_updates(config: config_dict.ConfigDict) -> int:
+    """The update at which the learning rate has come down; 0 if it never does."""
+    if config.algorithm.lr_schedule == "constant":
+        return 0
+    return config.algorithm.lr_decay_steps or config.runtime.total_steps
+
+
 def contradiction(config: config_dict.ConfigDict) -> tuple[str, str, str] | None:
     """(key, what is wrong with it, a hint) if the algorithm's settings do not go together."""
     a, unset = config.algorithm, default()
@@ -74,6 +84,17 @@ def contradiction(config: config_dict.ConfigDict) -> tuple[str, str, str] | None
     if a.credit == "step" and (is_set("scale_rewards") or a.kl_in_reward):
         name = "scale_rewards" if is_set("scale_rewards") else "kl_in_reward"
         return wrong(name, "does not go with algorithm.credit 'step', which scales returns by their group")
+    rises = a.warmup_steps + (a.critic_warmup or 0)
+    for name in ("lr_min_ratio", "lr_decay_steps"):
+        if is_set(name) and a.lr_schedule == "constant":
+            hint = "remove it, or set lr_schedule to 'linear' or 'cosine'"
+            return wrong(name, "is without effect where algorithm.lr_schedule is 'constant'", hint)
+    if a.lr_schedule != "constant" and not decay_updates(config):
+        hint = "set algorithm.lr_decay_steps or runtime.total_steps"
+        return wrong("lr_schedule", f"{a.lr_schedule!r} needs to know at which update it ends", hint)
+    if a.lr_schedule != "constant" and decay_updates(config) <= rises:
+        problem = f"{a.lr_schedule!r} ends at update {decay_updates(config)}, and the warm-up takes {rises}"
+        return wrong("lr_schedule", problem, "set algorithm.lr_decay_steps higher, or warmup_steps lower")
     if a.dual_clip is not None and a.loss_mode != "clip":
         return wrong("dual_clip", f"bounds the ratio of loss_mode 'clip', and it is {a.loss_mode!r}")
     if a.kl_in_reward and not a.kl_coef:

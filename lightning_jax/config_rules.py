@@ -48,6 +48,8 @@ RULES = {
     "model.frozen": Rule(_is_pattern, "a regular expression"),
     "algorithm.name": _one_of("grpo", "ppo", "rloo", "reinforce++", "reinforce++-baseline"),
     "algorithm.scale_rewards": _one_of("group", "batch", "none"),
+    "algorithm.lr_schedule": _one_of("constant", "linear", "cosine"),
+    "algorithm.lr_min_ratio": Rule(lambda v: 0 <= v <= 1, "between 0 and 1"),
     "algorithm.loss_mode": _one_of("clip", "gspo", "cispo"),
     "algorithm.loss_aggregation": _one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"),
     "algorithm.kl_estimator": _one_of("k1", "k2", "k3", "k3+"),
@@ -83,7 +85,7 @@ RULES = {
 _SMALLEST = {  # section -> smallest value -> names
     "model": {0: "lora_rank", 1: "tensor_parallel"},
     "algorithm": {
-        0: "learning_rate warmup_steps weight_decay kl_coef entropy_coef overlong_buffer",
+        0: "learning_rate warmup_steps lr_decay_steps weight_decay kl_coef entropy_coef overlong_buffer",
         1: "ppo_epochs mini_batches max_gen_batches",
         2: "group_size",
     },

@@ -176,18 +176,20 @@ def apply(
         "clipped": totals.clipped,
         "num_tokens": num_tokens,
         "grad_norm": grad_norm,
-        "learning_rate": update.learning_rate(_own(settings))(state.step),
+        "learning_rate": update.learning_rate(with_own_rate(settings))(state.step),
         "skipped": 1.0 - finite,
     }
 
 
 def make_optimizer(settings: LearnerSettings) -> optax.GradientTransformation:
-    """The policy's, with a learning rate of its own."""
-    return update.make_optimizer(_own(settings))
+    """The policy's, with a learning rate of its own, on a schedule that begins with the critic's first update."""
+    return update.make_optimizer(with_own_rate(settings))
 
 
-def _own(settings: LearnerSettings) -> LearnerSettings:
-    return dataclasses.replace(settings, learning_rate=settings.critic_lr)
+def with_own_rate(settings: LearnerSettings) -> LearnerSettings:
+    """The settings that the critic's optimizer is made of; it comes down when the policy does, which began later."""
+    alone = settings.critic_warmup * settings.epochs * settings.optimizer_steps
+    return dataclasses.replace(settings, learning_rate=settings.critic_lr, decay_steps=settings.decay_steps + alone)
 
 
 def create(

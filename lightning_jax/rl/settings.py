@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from lightning_jax import config_algorithm
 from lightning_jax.model import lora
 from lightning_jax.rl import algorithms, critic
 from lightning_jax.rl.update import LearnerSettings
@@ -19,10 +20,15 @@ def compute_dtype(name: str) -> jnp.dtype:
 def learner_settings(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> LearnerSettings:
     """What the configuration says of updates."""
     a, r = config.algorithm, config.runtime
+    beside_critic = config_algorithm.decay_updates(config) - (a.critic_warmup or 0)
+    steps_per_update = a.ppo_epochs * a.mini_batches
     return LearnerSettings(
         learning_rate=a.learning_rate if a.actor_lr is None else a.actor_lr,
         **algorithms.loss_settings(config),
-        **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2", "warmup_steps")},
+        **{name: a[name] for name in ("max_grad_norm", "weight_decay", "adam_b1", "adam_b2")},
+        **{name: a[name] for name in ("lr_schedule", "lr_min_ratio")},
+        warmup_steps=a.warmup_steps * steps_per_update,
+        decay_steps=max(0, beside_critic) * steps_per_update,
         epochs=a.ppo_epochs,
         optimizer_steps=a.mini_batches,
         gradient_accumulation=r.gradient_accumulation,

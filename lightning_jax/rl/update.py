@@ -38,7 +38,10 @@ class LearnerSettings:
         clip_low, clip_high: the policy ratio's gain ends at 1 - clip_low and 1 + clip_high.
         max_grad_norm: the gradient is scaled down to this global norm; None to leave it.
         weight_decay: AdamW's, on matrices (not on norms and biases).
+        lr_schedule: "constant", "linear" or "cosine", what becomes of the learning rate after the warm-up.
+        lr_min_ratio: of `learning_rate`, where "linear" and "cosine" end and stay.
         warmup_steps: optimizer steps over which the learning rate rises to `learning_rate`, linearly.
+        decay_steps: the optimizer step, from 0 on and warm-up included, at which it has come down to its end.
         epochs: passes that an update makes over its rows.
         optimizer_steps: parts that an update's blocks are divided into, with an optimizer step for each in each pass.
         gradient_accumulation: micro-batches of an optimizer step; more, when rows are more than `batch_size`.
@@ -70,7 +73,10 @@ class LearnerSettings:
     weight_decay: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.999
+    lr_schedule: str = "constant"
+    lr_min_ratio: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int = 0
     epochs: int = 1
     optimizer_steps: int = 1
     gradient_accumulation: int = 1
@@ -243,10 +249,20 @@ def make_optimizer(settings: LearnerSettings) -> optax.GradientTransformation:
 
 
 def learning_rate(settings: LearnerSettings) -> optax.Schedule:
-    """Linear warm-up whose first step already moves, then constant."""
-    if not settings.warmup_steps:
-        return optax.constant_schedule(settings.learning_rate)
-    return lambda step: settings.learning_rate * jnp.minimum(1.0, (step + 1) / settings.warmup_steps)
+    """Linear warm-up whose first step already moves and whose last is at the peak, then `lr_schedule` from there on.
+
+    A function of the optimizer steps taken, which checkpoints hold, and of nothing else.
+    """
+    peak, rise = settings.learning_rate, max(0, settings.warmup_steps - 1)
+    if settings.lr_schedule == "cosine":  # SGDR, arXiv:1608.03983, eq. 5, once and without restarts
+        after = optax.cosine_decay_schedule(peak, settings.decay_steps - rise, alpha=settings.lr_min_ratio)
+    elif settings.lr_schedule == "linear":
+        after = optax.linear_schedule(peak, peak * settings.lr_min_ratio, settings.decay_steps - rise)
+    else:
+        after = optax.constant_schedule(peak)
+    if not rise:
+        return after
+    return optax.join_schedules([optax.linear_schedule(peak / settings.warmup_steps, peak, rise), after], [rise])
 
 
 def _is_decayed(path: tuple, _: Any) -> bool:

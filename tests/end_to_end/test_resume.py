@@ -10,6 +10,8 @@ FLAGS = (
     "--config.runtime.checkpoint_interval=2",
     "--config.runtime.eval_interval=3",
     "--config.agent.nworkers=4",
+    "--config.algorithm.lr_schedule=cosine",
+    "--config.algorithm.warmup_steps=2",
 )
 
 
