@@ -122,8 +122,9 @@ def _scored(settings: AlgorithmSettings, row: Row, score: Scores) -> Row:
     """A row with the policy's log-probs and what follows from them."""
     changes: dict[str, np.ndarray] = {"old_logprob": score.logprob}
     if settings.kl_in_reward:
-        kl = losses.kl_divergence(score.logprob, score.reference_logprob, settings.kl_estimator)
-        changes["reward"] = np.where(row.loss_mask, row.reward - settings.kl_coef * np.asarray(kl), 0.0)
+        kl = np.asarray(losses.kl_divergence(score.logprob, score.reference_logprob, settings.kl_estimator))
+        changes["kl"] = np.where(row.loss_mask, kl, 0.0)
+        changes["reward"] = np.where(row.loss_mask, row.reward - settings.kl_coef * kl, 0.0)
     if settings.importance_correction != "none":
         changes["weight"] = mismatch.weights(
             row, score.logprob, settings.importance_correction, settings.importance_cap

@@ -170,8 +170,9 @@ class Learner:
             advantage_n: [N] float32, by `Row.rollout_index`, for rows that bring no advantages of their own.
 
         Returns:
-            Metrics by name; means are over sampled tokens. "policy/kl" is there when there is a reference, no "policy/"
-            where the policy did not learn, and "critic/" where there is a critic.
+            Metrics by name; means are over sampled tokens. "policy/kl" is there when there is a reference (where it is
+            in the reward, from `Row.kl`), no "policy/" where the policy did not learn, and "critic/" where there is a
+            critic.
         """
         if not rows:
             return {"train/tokens": 0, "train/sampled_tokens": 0}
@@ -192,6 +193,9 @@ class Learner:
                 taken = jax.device_get(self._optimizer_steps(steps))
                 has_kl = self._reference is not None and not self.settings.kl_in_reward
                 metrics |= _metrics(taken, has_reference=has_kl)
+                if rows[0].kl is not None:  # in the reward, of the policy that the update began with
+                    kl_m = np.concatenate([row.kl[row.loss_mask] for row in rows])
+                    metrics["policy/kl"] = float(kl_m.mean(dtype=np.float64))
         for name in ("policy", "critic"):
             if skipped := metrics.get(f"{name}/skipped_steps"):
                 _log.warning("%d optimizer steps of the %s skipped: the gradient was not finite", skipped, name)
@@ -336,7 +340,9 @@ def _metrics(steps: Sequence[dict[str, np.ndarray]], has_reference: bool) -> dic
     metrics = {
         "policy/loss": column("loss").mean(),
         "policy/entropy": column("entropy").sum() / num_tokens,
-        "policy/clip_fraction": column("clipped").sum() / num_tokens,
+        "policy/clip_fraction": (column("clipped_low") + column("clipped_high")).sum() / num_tokens,
+        "policy/clip_fraction_low": column("clipped_low").sum() / num_tokens,
+        "policy/clip_fraction_high": column("clipped_high").sum() / num_tokens,
         "policy/ratio_mean": column("ratio").sum() / num_tokens,
         "policy/ratio_max": column("ratio_max").max(),
         "policy/grad_norm": column("grad_norm").mean(),

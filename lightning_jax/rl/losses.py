@@ -241,7 +241,8 @@ def grpo_loss(
     Returns:
         The loss, a float32 scalar.
         Sums over the masked tokens, by name, for the metrics: "loss" (its share of the update's), "kl", "entropy",
-        "clipped", "ratio"; and "ratio_max", their maximum.
+        "clipped_low" and "clipped_high" (at the ratio's bounds below and above 1), "ratio"; and "ratio_max", their
+        maximum.
     """
 
     def total(x_bt: jax.Array) -> jax.Array:
@@ -262,7 +263,8 @@ def grpo_loss(
         )
     if weight_bt is not None:
         loss_bt *= weight_bt
-    sums = {"clipped": total(clipped_bt), "ratio": total(ratio_bt), "entropy": total(entropy_bt)}
+    sums = {"clipped_low": total(clipped_bt & (ratio_bt < 1)), "clipped_high": total(clipped_bt & (ratio_bt > 1))}
+    sums |= {"ratio": total(ratio_bt), "entropy": total(entropy_bt)}
     sums["ratio_max"] = jnp.max(jnp.where(loss_mask_bt, ratio_bt, 0.0))
     if reference_logprob_bt is not None:
         kl_bt = kl_divergence(logprob_bt, jnp.where(loss_mask_bt, reference_logprob_bt, 0.0), kl_estimator)

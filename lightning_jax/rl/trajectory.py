@@ -67,6 +67,8 @@ class Row:
         value: float32, of the state in which each token was sampled (`Learner.values`); None without a critic.
         value_target: float32, the return that the critic is to learn; None without one.
         weight: float32, of each token's policy loss (`mismatch.py`); None for 1.
+        kl: float32, nats, divergence from the reference where it is in the reward (`algorithms.py`), 0 where
+            `loss_mask` is False; else None.
         share: float32, 1 / (sampled tokens of the rollout, in all its rows); the learner fills it in.
     """
 
@@ -83,6 +85,7 @@ class Row:
     value: np.ndarray | None = None
     value_target: np.ndarray | None = None
     weight: np.ndarray | None = None
+    kl: np.ndarray | None = None
     share: np.ndarray | None = None
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ from lightning_jax.model import attention, llama, lora
 from lightning_jax.rl import losses
 from lightning_jax.rl.packing import Batch
 
-SUMS = ("loss", "kl", "entropy", "clipped", "ratio", "logprob_diff", "on_policy")
+SUMS = ("loss", "kl", "entropy", "clipped_low", "clipped_high", "ratio", "logprob_diff", "on_policy")
 MAXIMA = ("ratio_max", "logprob_diff_max")
 
 

@@ -125,7 +125,8 @@ def test_kl_in_the_reward_is_in_the_returns_of_grpo(config, params, rows):
     made, advantage_n = algorithms.prepare(chosen, step)
     expected = advantages.grpo_advantages(return_n - 0.1 * kl_n, group_n)
     np.testing.assert_allclose(advantage_n, expected, rtol=1e-4, atol=1e-5)
-    assert "policy/kl" not in learner.update(made, advantage_n)
+    tokens = sum(row.loss_mask.sum() for row in rows)
+    assert learner.update(made, advantage_n)["policy/kl"] == pytest.approx(kl_n.sum() / tokens, rel=1e-5)
 
 
 def test_shares_are_packed_beside_their_tokens(rows):

@@ -14,8 +14,8 @@ COEFFICIENTS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.05, "entropy_coe
 
 @pytest.fixture(scope="module")
 def case():
-    """Hidden states, an unembedding, and a ragged mask with temperatures; ratios on both sides of both bounds."""
-    rng = np.random.default_rng(0)
+    """Hidden states, an unembedding, and a ragged mask with temperatures; ratios that either bound clips."""
+    rng = np.random.default_rng(1)
     mask_bt = rng.random((B, T)) < 0.6
     mask_bt[:, 0] = False
     return {
@@ -60,7 +60,7 @@ def torch_loss(case):
         name: torch.tensor(case[name], dtype=torch.float64, requires_grad=True) for name in ("x_btd", "unembed_dv")
     }
     temperature_bt = torch.tensor(np.where(case["temperature_bt"] == 0, 1, case["temperature_bt"]), dtype=torch.float64)
-    total, count, sums = 0.0, 0, dict.fromkeys(("kl", "entropy", "clipped", "ratio"), 0.0)
+    total, count, sums = 0.0, 0, dict.fromkeys(("kl", "entropy", "clipped_low", "clipped_high", "ratio"), 0.0)
     for b in range(B):
         for t in np.flatnonzero(case["mask_bt"][b]):
             # The token at t is predicted from the hidden state at t - 1, at its own temperature.
@@ -76,8 +76,10 @@ def torch_loss(case):
             kl = torch.exp(reference - logprob) - (reference - logprob) - 1
             total = total - surrogate + COEFFICIENTS["kl_coef"] * kl - COEFFICIENTS["entropy_coef"] * entropy
             count += 1
-            was_clipped = (clipped * advantage < ratio * advantage).item()
-            for name, value in {"kl": kl, "entropy": entropy, "clipped": was_clipped, "ratio": ratio}.items():
+            low = advantage < 0 and ratio.item() < 1 - COEFFICIENTS["clip_low"]
+            high = advantage > 0 and ratio.item() > 1 + COEFFICIENTS["clip_high"]
+            values = {"kl": kl, "entropy": entropy, "clipped_low": low, "clipped_high": high, "ratio": ratio}
+            for name, value in values.items():
                 sums[name] += value.item() if hasattr(value, "item") else value
     loss = total / count
     loss.backward()
@@ -95,7 +97,8 @@ def test_loss_and_gradients_equal_torch(case, chunk):
         np.testing.assert_allclose(grad, expected_grads[name], rtol=1e-4, atol=1e-6, err_msg=name)
     for name, expected in expected_sums.items():
         np.testing.assert_allclose(sums[name], expected, rtol=1e-5, err_msg=name)
-    assert 0 < expected_sums["clipped"] < count
+    assert min(expected_sums["clipped_low"], expected_sums["clipped_high"]) > 0
+    assert expected_sums["clipped_low"] + expected_sums["clipped_high"] < count
 
 
 def test_logprobs_and_entropy_equal_numpy(case):
