@@ -2,9 +2,13 @@
 
     python scripts/bench_learner.py --model=builtin:tiny --rows=64 --length=256
     python scripts/bench_learner.py --model=random:llama3.2-1b --rows=8,32 --length=1024,4096 --remat=full
+    python scripts/bench_learner.py --model=builtin:tiny --rows=16 --length=1152 --prompt=1024 --group=8
 
 A measurement is a whole GRPO update as training makes it: packing, micro-batches, reference, gradient, optimizer step
-and reading the metrics. The rows are random tokens of one length, the second half of each sampled.
+and reading the metrics. The rows are random tokens of one length, and all but the prompt is sampled.
+
+With `--group` that many rows have the same prompt. Then `unshared_update_s` is of rows as long whose prompts are all
+different, measured in turn with the others, and `sharing_ratio` how much faster the groups are.
 
 `fraction_of_matmul_limit` is the model's floating point operations over what a large matrix product reaches on this
 device in the same time and dtype. Counted are 2 per matrix weight and token forwards, twice that backwards, 2 more for
@@ -40,7 +44,8 @@ def main() -> None:
                 remat=None if args.remat == "none" else args.remat,
                 compute_dtype=dtype,
             )
-            result = measure(config, params, settings, num_rows, length, args.repeats)
+            prompt = args.prompt or length // 2
+            result = measure(config, params, settings, num_rows, length, prompt, args.group, args.repeats)
             flops = flops_per_token(config, length, reference=args.kl_coef > 0) * num_rows * length
             device = jax.devices()[0]
             line = {
@@ -52,6 +57,8 @@ def main() -> None:
                 "remat": args.remat,
                 "batch": num_rows,
                 "length": length,
+                "prompt": prompt,
+                "group": args.group,
                 "gradient_accumulation": args.gradient_accumulation,
                 **result,
                 "tokens_per_s": num_rows * length / result["update_s"],
@@ -65,29 +72,49 @@ def main() -> None:
 
 
 def measure(
-    config: llama.LlamaConfig, params: llama.Params, settings: LearnerSettings, num_rows: int, length: int, repeats: int
+    config: llama.LlamaConfig,
+    params: llama.Params,
+    settings: LearnerSettings,
+    num_rows: int,
+    length: int,
+    prompt: int,
+    group: int,
+    repeats: int,
 ) -> dict[str, float]:
-    """Seconds of an update (the median) and of the first one, which compiles."""
+    """Seconds of an update (the median) and of the first one, which compiles; of both kinds where there are groups."""
     learner = Learner(config, params, settings)
+    advantage_n = np.random.default_rng(0).normal(size=num_rows).astype(np.float32)
+    kinds = [
+        random_rows(config.vocab_size, num_rows, length, prompt, size) for size in ((group, 1) if group > 1 else (1,))
+    ]
+    seconds, padding = np.zeros((1 + repeats, len(kinds))), np.zeros(len(kinds))
+    for repeat, kind in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        metrics = learner.update(kinds[kind], advantage_n)
+        seconds[repeat, kind] = time.perf_counter() - start
+        padding[kind] = metrics["train/padding_fraction"]
+    update_s = np.median(seconds[1:], axis=0).tolist()
+    compared = {} if group == 1 else {"unshared_update_s": update_s[1], "sharing_ratio": update_s[1] / update_s[0]}
+    return {
+        "update_s": update_s[0],
+        "first_update_s": float(seconds[0, 0]),
+        **compared,
+        "block_length": packing.block_length(length, minimum=settings.min_block_length),
+        "padding_fraction": float(padding[0]),
+    }
+
+
+def random_rows(vocab_size: int, num_rows: int, length: int, prompt: int, group: int) -> list[trajectory.Row]:
+    """Rows of random tokens, every `group` of them with the same prompt."""
     rng = np.random.default_rng(0)
+    prompts = rng.integers(vocab_size, size=(-(-num_rows // group), prompt)).tolist()
     rows = []
     for rollout in range(num_rows):
-        tokens = rng.integers(config.vocab_size, size=length).tolist()
-        prompt, sampled = tokens[: length // 2], tokens[length // 2 :]
-        logprobs = np.full(len(sampled), -math.log(config.vocab_size), np.float32)
-        rows += trajectory.build_rows([trajectory.TokenCall(0, None, prompt, sampled, logprobs)], rollout)
-    advantage_n = rng.normal(size=num_rows).astype(np.float32)
-    seconds = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        metrics = learner.update(rows, advantage_n)
-        seconds.append(time.perf_counter() - start)
-    return {
-        "update_s": float(np.median(seconds[1:])),
-        "first_update_s": seconds[0],
-        "block_length": packing.block_length(length, minimum=settings.min_block_length),
-        "padding_fraction": metrics["train/padding_fraction"],
-    }
+        sampled = rng.integers(vocab_size, size=length - prompt).tolist()
+        logprobs = np.full(len(sampled), -math.log(vocab_size), np.float32)
+        call = trajectory.TokenCall(0, None, prompts[rollout // group], sampled, logprobs)
+        rows += trajectory.build_rows([call], rollout)
+    return rows
 
 
 def flops_per_token(config: llama.LlamaConfig, length: int, *, reference: bool) -> float:
@@ -123,6 +150,8 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a model path, or random:SHAPE")
     parser.add_argument("--rows", type=numbers, default=[16], help="rows of an update, separated by commas")
     parser.add_argument("--length", type=numbers, default=[256], help="tokens of a row, separated by commas")
+    parser.add_argument("--prompt", type=int, help="tokens of a row that are its prompt, half of them by default")
+    parser.add_argument("--group", type=int, default=1, help="rows that have the same prompt")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="float32 on CPU by default, bfloat16 elsewhere"
     )

@@ -18,33 +18,46 @@ from lightning_jax.model.llama import Attend
 QUERY_CHUNK = 512
 
 
-def segment_attention(segment_bt: jax.Array, position_bt: jax.Array, sliding_window: int | None = None) -> Attend:
+def segment_attention(
+    segment_bt: jax.Array,
+    position_bt: jax.Array,
+    sliding_window: int | None = None,
+    prefix_bt: jax.Array | None = None,
+) -> Attend:
     """Causal attention within segments, for whole rows (no cache).
 
     Args:
         segment_bt: [B, T] int32, the sequence each token belongs to; 0 for padding, which no other token sees.
         position_bt: [B, T] int32, positions within the sequence; a query sees keys at its own position and before.
         sliding_window: how many positions a query sees, itself included; None for all.
+        prefix_bt: [B, T] int32, the segment before it in the row that each token sees beside its own, or its own: what
+            several sequences begin with is there once. None where no sequences share anything.
 
-    A sequence's tokens stand side by side in their row, in the order of their positions, as packing puts them.
+    A sequence's tokens stand in their row in the order of their positions, side by side but for what is shared, as
+    packing puts them.
 
     Returns:
         An `attend` for `llama.forward`; softmax in float32.
     """
 
     def attend(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, cache: None) -> tuple[jax.Array, None]:
-        if kernel := _kernel(q_btkgh):
+        if prefix_bt is None and (kernel := _kernel(q_btkgh)):
             return kernel(q_btkgh, k_bskh, v_bskh, segment_bt, sliding_window), cache
+        if prefix_bt is not None and sliding_window is None and _kernel(q_btkgh) is cudnn_attention:
+            return cudnn_attention(q_btkgh, k_bskh, v_bskh, segment_bt, None, prefix_bt=prefix_bt), cache
 
-        def chunk(query: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            q_btkgh, query_segment_bt, query_position_bt = query
+        def chunk(query: tuple[jax.Array, ...]) -> jax.Array:
+            q_btkgh, query_segment_bt, query_position_bt, *query_prefix = query
             distance_bts = query_position_bt[:, :, None] - position_bt[:, None, :]
-            mask_bts = (query_segment_bt[:, :, None] == segment_bt[:, None, :]) & (distance_bts >= 0)
+            mask_bts = query_segment_bt[:, :, None] == segment_bt[:, None, :]
+            for query_prefix_bt in query_prefix:
+                mask_bts |= query_prefix_bt[:, :, None] == segment_bt[:, None, :]
+            mask_bts &= distance_bts >= 0
             if sliding_window is not None:
                 mask_bts &= distance_bts < sliding_window
             return _masked_attention(q_btkgh, k_bskh, v_bskh, mask_bts)
 
-        query = (q_btkgh, segment_bt, position_bt)
+        query = (q_btkgh, segment_bt, position_bt) + (() if prefix_bt is None else (prefix_bt,))
         b, t = segment_bt.shape
         if t <= QUERY_CHUNK or t % QUERY_CHUNK:
             return chunk(query), cache
@@ -62,6 +75,15 @@ def _masked_attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, 
     score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
     weight_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weight_bkgts, v_bskh)
+
+
+def takes_prefixes(sliding_window: int | None) -> bool:
+    """Whether sequences that share a prefix are as fast here as others.
+
+    Splash compares segments' numbers alone, and cuDNN measures a window along the row: they would leave such rows to
+    the plain path.
+    """
+    return mesh_lib.platform() == "cpu" or (mesh_lib.platform() == "gpu" and sliding_window is None)
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------
@@ -152,6 +174,7 @@ def cudnn_attention(
     segment_bt: jax.Array,
     sliding_window: int | None,
     *,
+    prefix_bt: jax.Array | None = None,
     implementation: str = "cudnn",
 ) -> jax.Array:
     """Causal attention within segments by cuDNN's flash kernel, through `jax.nn.dot_product_attention`.
@@ -160,14 +183,18 @@ def cudnn_attention(
     all layers and heads. Scores are never in memory.
 
     Args:
+        prefix_bt: as in `segment_attention`; it does not go with a window.
         implementation: "xla" computes the same without cuDNN, for comparison.
     """
     b, t, k, g, h = q_btkgh.shape
+    mask_bts = segment_bt[:, :, None] == segment_bt[:, None, :]
+    if prefix_bt is not None:
+        mask_bts |= prefix_bt[:, :, None] == segment_bt[:, None, :]
     out_btxh = jax.nn.dot_product_attention(
         q_btkgh.reshape(b, t, k * g, h),
         k_bskh,
         v_bskh,
-        mask=(segment_bt[:, :, None] == segment_bt[:, None, :])[:, None],
+        mask=mask_bts[:, None],
         is_causal=True,
         local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
         implementation=implementation,

@@ -110,7 +110,7 @@ def token_values(
     """
     trunk = params["trunk"] if "trunk" in params else jax.lax.stop_gradient(policy)
     trunk = llama.cast_params(lora.whole(trunk, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
-    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window)
+    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window, batch.prefix_bt)
     x_btd, _ = llama.forward(trunk, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     with jax.named_scope("value_head"):
         value_bt = jnp.einsum("btd,d->bt", x_btd.astype(jnp.float32), params["head_d"])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import llama, lora
+from lightning_jax.model import attention, llama, lora
 from lightning_jax.rl import critic, gae, losses, offload, packing, update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.trajectory import Row
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What the models say of a row; [T] float32 arrays, 0 at the first token, which nothing predicts.
+    """What the models say of a row's sampled tokens; [T] float32 arrays, without meaning at the others.
 
     Attributes:
         logprob: of each token, nats, under the policy.
@@ -71,7 +71,9 @@ class Learner:
         """
         self.config = config
         self.settings = settings
-        self._mesh = mesh
+        self._mesh, self._between = mesh, between
+        with mesh_lib.current(mesh):
+            self._shares_prefixes = attention.takes_prefixes(config.sliding_window)
         # Everything is put where it belongs by name, not left on the default device: arrays that JAX regards as placed
         # (those of a checkpoint are) and arrays that it may move have programs compiled for them separately.
         if mesh is None:
@@ -148,13 +150,19 @@ class Learner:
         if not rows:
             return []
         steps = self._divide(rows, np.zeros(1 + max(row.rollout_index for row in rows), np.float32))
-        places = packing.place(rows, steps[0][0].token_bt.shape[1])
-        per_step = -(-(1 + max(block for block, _ in places)) // self.settings.optimizer_steps)
+        places = packing.place(rows, steps[0][0].token_bt.shape[1], share=self._shares_prefixes)
+        per_step = -(-(1 + max(at.block for at in places)) // self.settings.optimizer_steps)
+
+        def scored_batch(batch: Batch) -> jax.Array:
+            result = score(self._put(batch))
+            self._between()
+            return result
+
         with mesh_lib.current(self._mesh):
             scored = [[score(self._put(batch)) for batch in step] for step in steps]
         # A step's last micro-batch may be filled up behind the step's own blocks.
         score_bt = np.concatenate([np.concatenate(mesh_lib.to_host(parts))[:per_step] for parts in scored])
-        return [score_bt[place] for place in places]
+        return [score_bt[at.block, at.position_t] for at in places]
 
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
         """One policy update (`settings.epochs` x `settings.optimizer_steps` steps). Without rows nothing happens.
@@ -201,18 +209,18 @@ class Learner:
                 _log.warning("%d optimizer steps of the %s skipped: the gradient was not finite", skipped, name)
 
         tokens = sum(len(row) for row in rows)
-        places = sum(batch.token_bt.size for batches in steps for batch in batches)
+        filled = [batch.segment_bt > 0 for batches in steps for batch in batches]
         return metrics | {
             "train/tokens": tokens,
             "train/sampled_tokens": sum(int(row.loss_mask.sum()) for row in rows),
-            "train/padding_fraction": 1 - tokens / places,
+            "train/padding_fraction": 1 - float(np.mean(np.concatenate(filled))),
         }
 
     def _divide(self, rows: Sequence[Row], advantage_n: np.ndarray) -> list[list[Batch]]:
         """Rows to micro-batches, by optimizer step."""
         s = self.settings
         length = packing.block_length(max(len(row) for row in rows), minimum=s.min_block_length)
-        packed = packing.pack(rows, advantage_n, length)
+        packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
         per_step = -(-packed.token_bt.shape[0] // s.optimizer_steps)
         size = packing.micro_batch_size(
             per_step,

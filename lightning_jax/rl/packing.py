@@ -3,9 +3,15 @@
 Shapes are a function of the rows alone, and take few values: a block is a power of two long, and the number of blocks
 in a micro-batch is a power of two or one and a half times one. So a run compiles a handful of programs, and a run that
 was killed and resumed computes with the same shapes, hence to the same bits, as one that was not.
+
+Rows of one prompt, a GRPO group's, share it: a block holds [prefix | rest of row 1 | rest of row 2 | ...], and every
+rest sees the prefix and itself. The prompt's last token is not in the prefix but begins each rest: the hidden state
+before a token is what predicts it, so every sampled token finds that state just before itself, as in a row alone.
 """
 
+import collections
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -20,7 +26,7 @@ class Batch:
 
     token_bt: jax.Array  # int32; 0 in padding
     segment_bt: jax.Array  # int32, from 1 in each block; 0 is padding
-    position_bt: jax.Array  # int32, from 0 in each segment
+    position_bt: jax.Array  # int32, each token's in its row
     loss_mask_bt: jax.Array  # bool, the sampled tokens
     advantage_bt: jax.Array  # float32; 0 where loss_mask_bt is False
     sampler_logprob_bt: jax.Array  # float32, nats; 0 where loss_mask_bt is False
@@ -32,6 +38,7 @@ class Batch:
     weight_bt: jax.Array | None = None  # float32, of the token's policy loss
     share_bt: jax.Array | None = None  # float32, 1 / (tokens of the token's rollout)
     reference_logprob_bt: jax.Array | None = None  # float32, nats; where a pass of its own has computed them
+    prefix_bt: jax.Array | None = None  # int32, the segment each token sees beside its own, or its own
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:
@@ -49,15 +56,21 @@ OPTIONAL = {
 }
 
 
-def place(rows: Sequence[Row], length: int) -> list[tuple[int, slice]]:
+class Place(NamedTuple):
+    """Where a row lies."""
+
+    block: int
+    position_t: np.ndarray  # [T] int, the positions in the block of its tokens
+    shared: int  # the first so many of them may be other rows' too
+
+
+def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Place]:
     """Where each row lies, first fit, in the order of rollouts; the same rows in any order fill the same blocks.
 
     Args:
         rows: none longer than `length`.
         length: T, tokens of a block.
-
-    Returns:
-        For each row its block and the positions in it: the index of a [B, T] array that gives the row's [T].
+        share: rows with the same prompt share it where they are in the same block.
 
     Raises:
         ValueError: a row is longer than a block.
@@ -68,24 +81,43 @@ def place(rows: Sequence[Row], length: int) -> list[tuple[int, slice]]:
     def key(i: int) -> tuple[int, bytes, bytes]:
         return rows[i].rollout_index, rows[i].token_ids.tobytes(), rows[i].loss_mask.tobytes()
 
-    places: list[tuple[int, slice]] = [(0, slice(0))] * len(rows)
+    prefixes = _shared_prefixes(rows) if share else [b""] * len(rows)
+    places: list[Place | None] = [None] * len(rows)
     used: list[int] = []
+    starts: dict[tuple[int, bytes], int] = {}  # of the prefixes in the blocks
     for i in sorted(range(len(rows)), key=key):
-        block = next((b for b, tokens in enumerate(used) if tokens + len(rows[i]) <= length), len(used))
+        prefix, shared = prefixes[i], len(prefixes[i]) // rows[i].token_ids.itemsize
+        rest = len(rows[i]) - shared
+        holding = (block for block, of_block in starts if of_block == prefix and used[block] + rest <= length)
+        free = (block for block, tokens in enumerate(used) if tokens + len(rows[i]) <= length)
+        block = next(holding, next(free, len(used)))
         if block == len(used):
             used.append(0)
-        places[i] = block, slice(used[block], used[block] + len(rows[i]))
-        used[block] += len(rows[i])
+        if shared and (block, prefix) not in starts:
+            starts[block, prefix] = used[block]
+            used[block] += shared
+        start = starts.get((block, prefix), 0)
+        position_t = np.r_[start : start + shared, used[block] : used[block] + rest]
+        places[i] = Place(block, position_t, shared)
+        used[block] += rest
     return places
 
 
-def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
+def _shared_prefixes(rows: Sequence[Row]) -> list[bytes]:
+    """For each row the ids before its prompt's last one, where another row has the same, else nothing."""
+    prefixes = [row.token_ids[: max(0, int(np.argmax(row.loss_mask)) - 1)].tobytes() for row in rows]
+    count = collections.Counter(prefixes)
+    return [prefix if count[prefix] > 1 else b"" for prefix in prefixes]
+
+
+def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int, *, share: bool = False) -> Batch:
     """Packs rows into blocks, where `place` puts them.
 
     Args:
         rows: none longer than `length`; all of them have an optional array, or none has it.
         advantage_n: [N] float32, by `Row.rollout_index`, for rows that bring no advantages of their own.
         length: T, tokens of a block.
+        share: as in `place`.
 
     Returns:
         A `Batch` of NumPy arrays with as many blocks as were needed.
@@ -93,12 +125,19 @@ def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int) -> Batch:
     Raises:
         ValueError: a row is longer than a block.
     """
-    places = place(rows, length)
+    places = place(rows, length, share=share)
     optional = {there: of_row for there, of_row in OPTIONAL.items() if rows and getattr(rows[0], of_row) is not None}
-    batch = empty_blocks(1 + max((block for block, _ in places), default=-1), length, optional)
-    for row, span in sorted(zip(rows, places, strict=True), key=lambda pair: (pair[1][0], pair[1][1].start)):
+    batch = empty_blocks(1 + max((at.block for at in places), default=-1), length, optional)
+    if any(at.shared for at in places):
+        batch = batch.replace(prefix_bt=np.zeros_like(batch.segment_bt))
+    for row, at in sorted(zip(rows, places, strict=True), key=lambda pair: (pair[1].block, pair[1].position_t[-1])):
+        span, rest = (at.block, at.position_t), (at.block, at.position_t[at.shared :])
+        if at.shared and not batch.segment_bt[at.block, at.position_t[0]]:
+            batch.segment_bt[at.block, at.position_t[: at.shared]] = batch.segment_bt[at.block].max() + 1
+        batch.segment_bt[rest] = batch.segment_bt[at.block].max() + 1
+        if batch.prefix_bt is not None:
+            batch.prefix_bt[span] = batch.segment_bt[at.block, at.position_t[0]]
         batch.token_bt[span] = row.token_ids
-        batch.segment_bt[span] = batch.segment_bt[span[0]].max() + 1
         batch.position_bt[span] = np.arange(len(row))
         batch.loss_mask_bt[span] = row.loss_mask
         advantage = advantage_n[row.rollout_index] if row.advantage is None else row.advantage
@@ -154,5 +193,7 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     count, length = batch.token_bt.shape
     optional = [name for name in OPTIONAL if getattr(batch, name) is not None]
     filling = empty_blocks(-count % size, length, optional)
+    if batch.prefix_bt is not None:
+        filling = filling.replace(prefix_bt=np.zeros_like(filling.segment_bt))
     batch = jax.tree.map(lambda blocks, more: np.concatenate([blocks, more]), batch, filling)
     return [jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, count, size)]

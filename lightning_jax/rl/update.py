@@ -127,12 +127,14 @@ def policy_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob and entropy of every token of a batch, [B, T] float32 each; see `losses.token_logprobs`.
 
+    Behind a shared prefix a sequence's first token, which is never a sampled one, has no meaningful value.
+
     Args:
         params: what learns; or, without `frozen`, all parameters.
         frozen: the rest.
     """
     params = llama.cast_params(lora.whole(params, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
-    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window)
+    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window, batch.prefix_bt)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt)
 
