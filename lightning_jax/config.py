@@ -76,6 +76,7 @@ def default_config() -> config_dict.ConfigDict:
     runtime.eval_interval = 50  # updates between evaluations; 0: only before the first and after the last
     runtime.checkpoint_interval = 100  # updates between checkpoints; 0: only after the last
     runtime.max_to_keep = 5  # checkpoints kept, the newest; 0: all
+    runtime.max_staleness = 0  # updates that sampling may be behind learning; 0: they take turns
     runtime.remat = "full"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full" (each layer)
     runtime.offload = "none"  # what waits in the host's memory between uses: "reference", "optimizer", "both"
 
@@ -156,6 +157,12 @@ def validate(config: config_dict.ConfigDict, sources: Mapping[str, str] | None =
             "runtime.batch_size",
             f"counts trajectories and must be a multiple of algorithm.group_size ({config.algorithm.group_size}), "
             f"not {config.runtime.batch_size}",
+        )
+    if config.runtime.max_staleness and config.algorithm.importance_correction == "none":
+        fail(
+            "runtime.max_staleness",
+            "has the policy learn from what older weights sampled, and needs algorithm.importance_correction",
+            "set that to 'token_truncate'",
         )
     if config.sampler.kv_cache_tokens < config.runtime.max_seq_len:
         fail(

@@ -90,7 +90,7 @@ _SMALLEST = {  # section -> smallest value -> names
         2: "group_size",
     },
     "runtime": {
-        0: "total_steps eval_interval checkpoint_interval max_to_keep",
+        0: "total_steps eval_interval checkpoint_interval max_to_keep max_staleness",
         1: "gradient_accumulation epochs",
         2: "max_seq_len batch_size",
     },

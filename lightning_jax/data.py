@@ -15,6 +15,12 @@ class TaskItem:
     task_id: str
     task: dict
 
+    @property
+    def source(self) -> str | None:
+        """What the task's field of this name says, by which rewards are shown apart."""
+        source = self.task.get("source")
+        return source if isinstance(source, str) else None
+
 
 class TaskSource:
     """A split as a random-access sequence of `TaskItem`. Raises UnknownError when there is no such split."""

@@ -23,7 +23,8 @@ METRICS = {
     "rollout/constrained_calls": "calls under a grammar, a penalty or the like, which the learner leaves out of the "
     "comparison with the sampler",
     "rollout/staleness_mean": "updates between the weights that sampled a call and those that the update began with",
-    "rollout/staleness_max": "the most of them",
+    "rollout/staleness_max": "the most of them, never above `runtime.max_staleness`",
+    "rollout/mixed_calls": "calls during which weights were published, so that more than one version sampled them",
     "completion/mean_tokens": "tokens of a reply",
     "completion/max_tokens": "tokens of the longest",
     "completion/truncated_fraction": "replies that were cut off by the limit of tokens",
@@ -56,7 +57,8 @@ METRICS = {
     "train/mfu": "arithmetic of the update over what the device could have done in `time/train_s` in bfloat16 (its "
     "vendor's figure); attention's own products and what is computed anew do not count; only for devices in "
     "`lightning_jax/utilization.py`",
-    "sampler/tokens_per_s": "sampled tokens over `time/sample_s`",
+    "sampler/tokens_per_s": "sampled tokens over `time/sample_s`; with `runtime.max_staleness`, like the one below, "
+    "over that and `time/train_s`",
     "sampler/bandwidth_fraction": "bytes of weights that decoding read over what the memory could have delivered in "
     "`time/sample_s`; the KV cache is not counted; only for devices in `lightning_jax/utilization.py`",
     "sampler/cache_hit_fraction": "prompt tokens of the step that were in the KV cache already",
@@ -73,7 +75,8 @@ METRICS = {
     "sampler/free_pages": "pages of the KV cache that can be had, cached ones included",
     "sampler/cached_pages": "pages that hold prompts for others to use",
     "sampler/num_pages": "all pages",
-    "time/sample_s": "from the opening of the step's rollouts to the end of the last",
+    "time/sample_s": "from the opening of the step's rollouts to the end of the last; with `runtime.max_staleness`, "
+    "which has them opened before, how long the update had to wait for them",
     "time/wait_s": "of these, without anything for the device to do: agents were busy with something else",
     "time/train_s": "from there to the end of the update, publication included",
     "time/publish_s": "of these, for giving the sampler the new weights",

@@ -63,6 +63,7 @@ def staleness_metrics(calls: Sequence[CallRecord], version: int) -> dict[str, fl
     return {
         "rollout/staleness_mean": float(np.mean(ages)) if ages else 0.0,
         "rollout/staleness_max": max(ages, default=0),
+        "rollout/mixed_calls": sum(call.last_policy_version is not None for call in calls),
     }
 
 

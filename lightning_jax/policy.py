@@ -243,8 +243,10 @@ class Policy:
 
     def make_learner(self) -> None:
         settings = learner_settings(self._settings, self._dtype)
-        seed = self._settings.seed
-        self._learner = learner_lib.Learner(self.config, self._initial, settings, mesh=self._mesh, seed=seed)
+        options = {"mesh": self._mesh, "seed": self._settings.seed}
+        if self._settings.runtime.max_staleness and jax.process_count() == 1:  # several keep to one order of programs
+            options["between"] = self._device.rounds
+        self._learner = learner_lib.Learner(self.config, self._initial, settings, **options)
         self._initial = None
 
     def restore(self, path: pathlib.Path, item: str | None) -> dict[str, Any]:

@@ -5,12 +5,18 @@
 3. When every rollout has ended, its calls become rows and its reward an advantage within its group.
 4. The learner updates, the engine gets the new weights, and every so often a checkpoint and an evaluation follow.
 
+With `runtime.max_staleness` the rollouts of so many further steps are opened before an update, and not more, so that
+nothing older is ever trained on: workers go on with them, and the engine samples between the update's micro-batches.
+What is in flight when weights are published goes on with the new ones, on the keys and values that it has (PipelineRL,
+arXiv:2509.19128): a token's log-prob is of the weights that sampled it, and importance weights are made of those.
+
 Several models learn from the same rollouts: a rollout's advantage counts for the calls that each of them had in it.
 
 A run that was killed goes on from its latest checkpoint: weights, optimizer, data position and history come from there,
 and whatever the store and the metrics hold of later steps is discarded first.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -60,22 +66,25 @@ def run_job(
     return run.train() if spec["kind"] == "train" else run.evaluate_only()
 
 
+@dataclasses.dataclass
+class _Batch:
+    """A step's tasks, drawn in the order of steps, and their rollouts once they were opened."""
+
+    tasks: list[data.TaskItem]
+    rollout_ids: list[int] | None = None
+
+
 class _Run:
     """One job: what its steps share."""
 
     def __init__(self, job_id, spec, policies, store, config, stop):
-        self.job_id, self.spec, self.policies, self.store, self.config, self.stop = (
-            job_id,
-            spec,
-            policies,
-            store,
-            config,
-            stop,
-        )
+        self.job_id, self.spec, self.policies = job_id, spec, policies
+        self.store, self.config, self.stop = store, config, stop
         self.workdir = pathlib.Path(config.workdir)
         self.data_id = spec["data_id"]
         self.history = History(start_step=policies.step)
         self.saved_step: int | None = None
+        self._ahead: collections.deque[_Batch] = collections.deque()  # of the steps to come
         self._warned_of_silence = False
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -114,12 +123,13 @@ class _Run:
                     writer.write(0, row)
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
-                row = self._step(step, next(tasks), tasks)
+                row = self._step(step, last, tasks)
                 self.history.time_s = row["time/total_s"] = clock.seconds()
                 self.store.update_job(self.job_id, step=step - first)
                 self.store.add_event(self.job_id, "step", step, row)
                 if self.stop.after_step:  # what was learned is safe before the last evaluation, which may take long
                     self._checkpoint(step, tasks)
+                    self._close_ahead()
                 if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
                     row |= self._evaluate(step)
                 self.history.time_s = row["time/total_s"] = clock.seconds()
@@ -136,6 +146,7 @@ class _Run:
         step = self.policies.step
         if not self._has_checkpoint(step):
             self._checkpoint(step, tasks)
+        self._close_ahead()
         if step > first and step not in (tested for tested, _ in self.history.test_rewards):
             self._evaluate(step)
 
@@ -145,17 +156,34 @@ class _Run:
         if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policies.step:
             self.history = History(**saved["history"])
             tasks.set_state(saved["tasks"])
+            source = data.TaskSource(self.store, self.data_id, "train")
+            self._ahead.extend(_Batch([source[i] for i in indices]) for indices in saved.get("ahead", []))
             kept = self.policies.step
         else:
             kept = self.policies.step if self.policies.step else -1
         self.store.discard_after(self.job_id, kept)
         writer.truncate_after(kept)
 
-    def _step(self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator) -> dict[str, float]:
+    def _open_ahead(self, last: int, tasks: Iterator) -> None:
+        """Opens the rollouts of the next step and of those that may be sampled with the weights as they are."""
+        done = self.policies.step
+        for i in range(min(1 + self.config.runtime.max_staleness, last - done)):
+            if i == len(self._ahead):
+                self._ahead.append(_Batch(next(tasks)))
+            if self._ahead[i].rollout_ids is None:
+                self._ahead[i].rollout_ids = self._open(done + 1 + i, self._ahead[i].tasks, "train")
+
+    def _close_ahead(self) -> None:
+        """Takes back the rollouts of steps that will not come; their tasks are in the checkpoint."""
+        if self._ahead:
+            self.store.cancel_open(self.job_id)
+
+    def _step(self, step: int, last: int, more_tasks: Iterator) -> dict[str, float]:
         """One update; returns its metrics."""
         start, idle_s = time.monotonic(), self.policies.idle_s
         before = {name: policy.sampler_metrics() for name, policy in self.policies.items()}
-        records, tasks = self._training_rollouts(step, tasks, more_tasks)
+        self._open_ahead(last, more_tasks)
+        records, tasks = self._training_rollouts(step, self._ahead.popleft(), more_tasks)
         sampled, waited_s = time.monotonic(), self.policies.idle_s - idle_s
         version = self.policies.first.version
         self.history.failed += sum(record.status == "failed" for record in records)
@@ -167,21 +195,22 @@ class _Run:
         updates = self.policies.update(*rows.of_step(records, self.config, list(self.policies), step))
 
         sample_s, train_s = sampled - start, time.monotonic() - sampled
+        sampling_s = sample_s + (train_s if self.config.runtime.max_staleness else 0.0)
         tokens = sum(len(call.sampled_ids) for record in records for call in record.calls)
         trained_tokens = sum(update["train/tokens"] for update in updates.values())
         differences = [update.get("policy/sampler_learner_logprob_diff") for update in updates.values()]
         self.history.train_rewards.append(outcomes.mean(return_n))
         self.history.tokens += tokens
-        self.history.sample_s += sample_s
+        self.history.sample_s += sampling_s
         self.history.logprob_diff = max((d for d in differences if d is not None), default=self.history.logprob_diff)
         row = outcomes.rollout_metrics(records, return_n, group_n)
-        row |= outcomes.source_metrics(return_n, [_source(tasks[record.group]) for record in records])
+        row |= outcomes.source_metrics(return_n, [tasks[record.group].source for record in records])
         row |= outcomes.staleness_metrics([call for record in records for call in record.calls], version)
         self._show_samples(step, records)
         for name, policy in self.policies.items():
             row |= self._named(name, updates[name] | policy.sampler_metrics())
             row |= self._named(
-                name, policy.step_metrics(before[name], updates[name]["train/tokens"], sample_s, train_s)
+                name, policy.step_metrics(before[name], updates[name]["train/tokens"], sampling_s, train_s)
             )
             if several:
                 calls = [call for record in records for call in rows.calls_of(record, name)]
@@ -190,7 +219,7 @@ class _Run:
             "time/sample_s": sample_s,
             "time/train_s": train_s,
             "time/wait_s": waited_s,
-            "sampler/tokens_per_s": tokens / sample_s,
+            "sampler/tokens_per_s": tokens / sampling_s,
             "train/tokens_per_s": trained_tokens / train_s,
             **utilization.memory_metrics(),
         }
@@ -212,13 +241,14 @@ class _Run:
         return metrics if len(self.policies) == 1 else {f"{name}/{key}": value for key, value in metrics.items()}
 
     def _training_rollouts(
-        self, step: int, tasks: list[data.TaskItem], more_tasks: Iterator
+        self, step: int, batch: _Batch, more_tasks: Iterator
     ) -> tuple[list[RolloutRecord], list[data.TaskItem]]:
         """A step's rollouts and their groups' tasks.
 
         Where `algorithm.max_gen_batches` allows, other tasks take the place of groups that are left out.
         """
-        records, wanted = self._rollouts(step, tasks, "train"), len(tasks)
+        tasks, wanted = batch.tasks, len(batch.tasks)
+        records = self._ended(step, batch.rollout_ids, "train")
         for _ in range(self.config.algorithm.max_gen_batches - 1):
             missing = wanted - rows.informative_groups(records, self.config)
             more = next(more_tasks, [])[: max(0, missing)] if missing > 0 else []
@@ -235,6 +265,7 @@ class _Run:
                 "step": step,
                 "history": dataclasses.asdict(self.history),
                 "tasks": tasks.get_state(),
+                "ahead": [[item.task_index for item in batch.tasks] for batch in self._ahead],
                 "seed": self.config.seed,
             }
         )
@@ -319,6 +350,10 @@ class _Run:
         self, step: int, tasks: list[data.TaskItem], mode: str, *, first_group: int = 0
     ) -> list[RolloutRecord]:
         """Opens rollouts of these tasks and returns what became of them when workers have ended them all."""
+        return self._ended(step, self._open(step, tasks, mode, first_group=first_group), mode)
+
+    def _open(self, step: int, tasks: list[data.TaskItem], mode: str, *, first_group: int = 0) -> list[int]:
+        """Opens rollouts of these tasks; returns their ids."""
         num_samples = self.spec.get("num_samples")
         samples = self.config.algorithm.group_size if mode == "train" else num_samples or 1
         given = {"policy_version": self.policies.first.version}
@@ -341,6 +376,10 @@ class _Run:
         )
         started = {"rollouts": len(rollout_ids), "first_step": self.history.start_step}
         self.store.add_event(self.job_id, f"{mode}_started", step, started)
+        return rollout_ids
+
+    def _ended(self, step: int, rollout_ids: list[int], mode: str) -> list[RolloutRecord]:
+        """What became of rollouts when workers have ended them all."""
         self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
         if self.policies.error is not None:
             raise TrainingError(f"the device failed: {self.policies.error}") from self.policies.error
@@ -408,9 +447,3 @@ class _Run:
         partial.write_text(json.dumps(result, indent=2) + "\n")
         os.replace(partial, self.workdir / "result.json")
         return result
-
-
-def _source(item: data.TaskItem) -> str | None:
-    """What a task's `source` names, by which rewards are shown apart."""
-    source = item.task.get("source")
-    return source if isinstance(source, str) else None

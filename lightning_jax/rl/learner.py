@@ -57,6 +57,7 @@ class Learner:
         *,
         mesh: jax.sharding.Mesh | None = None,
         seed: int = 0,
+        between: Callable[[], object] = lambda: None,
     ):
         """Copies what learns of `params` twice: as float32 masters and, where there is a KL term, for the reference.
 
@@ -68,6 +69,7 @@ class Learner:
             settings: the update's.
             mesh: to shard over; None for one device.
             seed: of the adapters' initial values.
+            between: called after each micro-batch of an update, once it is dispatched: others may use the device.
         """
         self.config = config
         self.settings = settings
@@ -159,7 +161,7 @@ class Learner:
             return result
 
         with mesh_lib.current(self._mesh):
-            scored = [[score(self._put(batch)) for batch in step] for step in steps]
+            scored = [[scored_batch(batch) for batch in step] for step in steps]
         # A step's last micro-batch may be filled up behind the step's own blocks.
         score_bt = np.concatenate([np.concatenate(mesh_lib.to_host(parts))[:per_step] for parts in scored])
         return [score_bt[at.block, at.position_t] for at in places]
@@ -252,6 +254,7 @@ class Learner:
                     mesh=self._mesh,
                     **statics,
                 )
+                self._between()
             beside, state = self.state.critic, self.state.replace(critic=None)
             if "optimizer" in self._offloaded:
                 state = state.replace(opt_state=offload.to_device(state.opt_state))
@@ -285,6 +288,7 @@ class Learner:
                 totals = critic.accumulate(
                     totals, state.params, self.state.params, self._put(batch), num_tokens, self.frozen, **statics
                 )
+                self._between()
             state, step_metrics = critic.apply(state, totals, num_tokens, **statics)
             metrics.append(step_metrics)
         self.state = self.state.replace(critic=state.replace(updates=updates))

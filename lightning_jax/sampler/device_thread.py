@@ -30,6 +30,7 @@ class DeviceThread:
         self._wake = threading.Event()
         self._lock = threading.Lock()  # nothing is queued behind the last command that the thread looks at
         self._closed = self._ended = False
+        self._broken: BaseException | None = None
         self._idle_s, self._idle_since = 0.0, None
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
         self._thread.start()
@@ -58,6 +59,15 @@ class DeviceThread:
         """Tells the thread that an engine has a new request."""
         self._wake.set()
 
+    def rounds(self) -> None:
+        """One round of every engine, for a command that takes long to call in between; nobody else may."""
+        try:
+            for engine in self._engines:
+                engine.step()
+        except BaseException as error:
+            self._broken = error
+            raise
+
     def close(self) -> None:
         """Ends the thread after the command in hand."""
         self._closed = True
@@ -70,6 +80,8 @@ class DeviceThread:
                 self._wake.clear()
                 while self._commands:
                     self._run_command(*self._commands.popleft())
+                    if self._broken is not None:
+                        raise self._broken
                 busy = [engine.step() for engine in self._engines]
                 if not any(busy) and not self._commands:
                     self._idle_since = time.monotonic()

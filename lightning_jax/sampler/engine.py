@@ -36,11 +36,13 @@ class _Round:
     Attributes:
         members: (sequence, its row, tokens in flight on its account, whether the one it began with is among them).
         sampled, top: see `programs.decode`; `top` only if somebody wants to know.
+        version: of the weights.
     """
 
     members: list[tuple[scheduler.Sequence, int, int, bool]]
     sampled: jax.Array
     top: jax.Array | None
+    version: int
 
 
 class Engine:
@@ -273,7 +275,7 @@ class Engine:
             entries.append((sequence, row, count + sequence.fresh, sequence.fresh))
             sequence.in_flight += count
             sequence.fresh = False
-        self._rounds.append(_Round(entries, sampled, top))
+        self._rounds.append(_Round(entries, sampled, top, self.version))
 
     def _round_steps(self, members: list[scheduler.Sequence], waiting: list[scheduler.Sequence]) -> int:
         """Steps of a round. Who waits for the host after each token gets one in every second round: so rounds become
@@ -299,6 +301,7 @@ class Engine:
             if sequence.done:
                 continue
             sequence.in_flight -= in_flight
+            sequence.last_policy_version = entry.version
             span = slice(0 if fresh else 1, 1 + counts[row])
             if not np.isfinite(logprob_bt[row, span]).all():
                 self._deliver(sequence, "error", "the logits are not finite: the weights have diverged")
@@ -348,13 +351,15 @@ class Engine:
         with self._lock:
             del self._in_flight[request.request_id]
         self._counts["requests"] += 1
+        first = self.version if sequence.policy_version is None else sequence.policy_version
         completion = Completion(
             request_id=request.request_id,
             token_ids=sequence.tokens[sequence.prompt_length :],
             logprobs=np.asarray(sequence.logprobs, np.float32),
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens,
-            policy_version=self.version if sequence.policy_version is None else sequence.policy_version,
+            policy_version=first,
+            last_policy_version=max(first, sequence.last_policy_version),
             error=error,
             top_logprobs=sequence.top_logprobs(0, len(sequence.logprobs)),
             constrained=request.sampling.constrained,

@@ -118,6 +118,7 @@ class Completion:
         finish_reason: "stop", "length", "cancelled" or "error".
         cached_tokens: prompt tokens whose keys and values another request had computed.
         policy_version: version of the weights when the request was admitted.
+        last_policy_version: of those that sampled its last token: a later one if weights were published meanwhile.
         error: what went wrong, where finish_reason is "error".
         top_logprobs: for each sampled token, the likeliest tokens of the same distribution as (id, log-prob), likeliest
             first, those without any probability left out; None if the request asked for none.
@@ -130,6 +131,7 @@ class Completion:
     finish_reason: str
     cached_tokens: int
     policy_version: int
+    last_policy_version: int
     error: str | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     constrained: bool = False

@@ -43,6 +43,7 @@ class Sequence:
         fresh: the token that its prefill samples is in flight, and no decode round has been dispatched since.
         admitted_at: a counter; the highest is preempted first.
         leader: the sequence whose prefill this one waits for, and whose full pages it shares.
+        policy_version, last_policy_version: of the weights when it was first admitted, and of those that sampled last.
         followers: those that wait for this one.
         shape: what it wants of the distribution it samples from, where that is not the model's own.
     """
@@ -63,6 +64,7 @@ class Sequence:
     admitted_at: int = 0
     epoch: int = -1
     policy_version: int | None = None
+    last_policy_version: int = 0
     cached_tokens: int = 0
     done: bool = False
     node_ids: list[int] = dataclasses.field(default_factory=list)

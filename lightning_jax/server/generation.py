@@ -60,7 +60,7 @@ class _Sample:
         ids, logprobs: all that has come.
         top_logprobs: theirs, if they were asked for.
         given: how many of them went into deltas.
-        policy_version: when the first of them came.
+        policy_version, last_policy_version: when the first of them came, and the last.
     """
 
     text: ReplyText
@@ -69,6 +69,7 @@ class _Sample:
     top_logprobs: TopLogprobs = dataclasses.field(default_factory=list)
     given: int = 0
     policy_version: int = 0
+    last_policy_version: int = 0
     done: bool = False
 
 
@@ -161,7 +162,8 @@ class Generation:
             if sample.given and not sample.done:
                 text, ids = sample.text, sample.ids[: sample.given]
                 choice = Choice(text.content, text.tool_calls, ids, [], len(ids), "cancelled", None)
-                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", sample.policy_version)
+                versions = sample.policy_version, sample.last_policy_version
+                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", versions)
         if not self._recorded:
             self._on_nothing()
 
@@ -244,6 +246,7 @@ class Generation:
         sample = self._samples[i]
         if not sample.ids:
             sample.policy_version = policy_version
+        sample.last_policy_version = policy_version
         sample.ids += ids
         sample.logprobs += logprobs
         content, calls = sample.text.push(ids)
@@ -288,11 +291,12 @@ class Generation:
         return completion
 
     def _record_completion(self, i: int, choice: Choice, completion: Completion) -> None:
-        if not self._record(i, choice, completion.logprobs, completion.finish_reason, completion.policy_version):
+        versions = completion.policy_version, completion.last_policy_version
+        if not self._record(i, choice, completion.logprobs, completion.finish_reason, versions):
             raise _ended()
 
     def _record(
-        self, i: int, choice: Choice, logprobs: Sequence[float], finish_reason: str, policy_version: int
+        self, i: int, choice: Choice, logprobs: Sequence[float], finish_reason: str, versions: tuple[int, int]
     ) -> bool:
         """False if the attempt has ended meanwhile."""
         if self._attempt is None:
@@ -313,7 +317,8 @@ class Generation:
             logprobs=logprobs,
             parent=prepared.parent,
             temperature=sampling.temperature,
-            policy_version=policy_version,
+            policy_version=versions[0],
+            last_policy_version=versions[1] if versions[1] > versions[0] else None,
             finish_reason=finish_reason,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

@@ -71,6 +71,7 @@ class CallRecord:
         temperature, top_p, top_k: the sampling parameters in force.
         constrained: the tokens were not drawn from the policy's own distribution, see `SamplingParams.constrained`.
         policy_version: version of the weights when sampling began.
+        last_policy_version: of those that sampled the last token, where weights were published meanwhile; else None.
         finish_reason: "stop", "length" or "cancelled".
         model: name of the policy that sampled.
         role: what the model was asked as: its name where there are several; else what the agent's URL said, "1" by
@@ -98,6 +99,7 @@ class CallRecord:
     reply: dict = dataclasses.field(default_factory=dict)
     request: dict = dataclasses.field(default_factory=dict)
     constrained: bool = False
+    last_policy_version: int | None = None
 
     @property
     def prompt_text(self) -> str | None:

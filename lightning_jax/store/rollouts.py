@@ -235,6 +235,8 @@ class Rollouts:
         attempt.calls.append(call)
         kept = ("constrained", "model", "role", "messages", "tools", "reply", "request")
         content = {name: getattr(call, name) for name in kept}
+        if call.last_policy_version is not None:
+            content["last_policy_version"] = call.last_policy_version
         row = (
             attempt.attempt_id,
             call.index,

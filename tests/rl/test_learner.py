@@ -325,3 +325,19 @@ def test_no_rows_no_step(config, params):
     learner = Learner(config, params, SETTINGS)
     assert learner.update([], np.zeros(0, np.float32)) == {"train/tokens": 0, "train/sampled_tokens": 0}
     assert learner.state.step == 0
+
+
+def test_others_may_use_the_device_after_each_micro_batch(config, params, rows, advantages):
+    settings = dataclasses.replace(SETTINGS, gradient_accumulation=2)
+    turns = []
+    learner = Learner(config, params, settings, between=lambda: turns.append(int(learner.state.step)))
+    learner.update(rows, advantages)
+    assert turns == [0, 0], "twice before the optimizer step"
+    jax.tree.map(
+        np.testing.assert_array_equal, learner.state, _updated(Learner(config, params, settings), rows, advantages)
+    )
+
+
+def _updated(learner, rows, advantages):
+    learner.update(rows, advantages)
+    return learner.state

@@ -62,3 +62,36 @@ def test_an_engine_that_fails_fails_its_requests_and_all_later_commands(device):
         device.run(lambda: 7).result(timeout=10)
     assert engine.failed_with == "device lost"
     assert "device lost" in str(device.error)
+
+
+def test_a_long_command_lets_the_engines_work_in_between(device):
+    class CountingEngine:
+        rounds = 0
+
+        def step(self) -> bool:
+            self.rounds += 1
+            return False
+
+    engine = CountingEngine()
+    device.add_engine(engine)
+
+    def command():
+        before = engine.rounds
+        device.rounds()
+        device.rounds()
+        return engine.rounds - before
+
+    assert device.run(command).result(timeout=10) == 2
+
+
+def test_an_engine_that_fails_within_a_command_ends_the_thread_as_well(device):
+    engine = FailingEngine()
+
+    def command():
+        device._engines.append(engine)
+        device.rounds()
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        device.run(command).result(timeout=10)
+    device._thread.join(timeout=10)
+    assert engine.failed_with == "device lost" and str(device.error) == "device lost"

@@ -283,6 +283,7 @@ def test_published_weights_are_used_at_once_and_old_prefixes_forgotten(small, pr
     runner.submit("after", prompts[2], sampling)
     done = runner.finish()
     assert done["across"].policy_version == 3 and done["after"].policy_version == 4
+    assert done["across"].last_policy_version == done["after"].last_policy_version == 4
     assert done["after"].cached_tokens == 0
     assert_same({"after": done["after"]}, run(other.engine(), [("after", prompts[2], sampling)]))
     before = run(small.engine(), [("across", prompts[2], sampling)])["across"].token_ids
