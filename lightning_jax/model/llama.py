@@ -12,6 +12,7 @@ sampler.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "init_params",
     "init_specs",
     "rope_frequencies",
+    "turn_matrices",
     "unembed",
     "unstack_layers",
 ]
@@ -117,6 +119,24 @@ def unstack_layers(params: Params) -> Params:
     return params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)]}
 
 
+def turn_matrices(params: Params) -> Params:
+    """Unstacked parameters with every matrix stored the other way round, outputs first: `gate_fd` for `gate_df`.
+
+    `forward` and `unembed` take either. There must be no adapters.
+    """
+
+    def turned(leaves: Params) -> Params:
+        others = {n: leaf for n, leaf in leaves.items() if n == "embed_vd" or "norm" in n or "bias" in n}
+        matrices = {n: (leaf, range(_num_inputs(n))) for n, leaf in leaves.items() if n not in others}
+        return others | {
+            _turned(n): jnp.moveaxis(leaf, inputs, [i - len(inputs) for i in inputs])
+            for n, (leaf, inputs) in matrices.items()
+        }
+
+    top = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return turned(top) | {"layers": [turned(layer) for layer in params["layers"]]}
+
+
 def cast_params(params: Params, dtype: jnp.dtype) -> Params:
     """All parameters in the dtype to compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -182,6 +202,8 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
     with jax.named_scope("unembed"):
         if config.tie_embeddings:
             return jnp.einsum("...d,vd->...v", x, params["embed_vd"], preferred_element_type=jnp.float32)
+        if "unembed_vd" in params:
+            return jnp.einsum("...d,vd->...v", x, params["unembed_vd"], preferred_element_type=jnp.float32)
         return jnp.einsum("...d,dv->...v", x, params["unembed_dv"], preferred_element_type=jnp.float32)
 
 
@@ -216,6 +238,11 @@ def _block(
 
 def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
     """x W, and (x A) B more where the matrix has an adapter (see `lora.py`); `axes` are those of x W."""
+    if (turned := _turned(name)) in layer:
+        w, cut = layer[turned], -_num_inputs(name)
+        # As a product of two matrices: XLA's CPU compiler would turn those of more axes back at every call.
+        product = jnp.einsum("bti,oi->bto", x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:cut]), -1))
+        return product.reshape(*x.shape[:2], *w.shape[:cut])
     product = jnp.einsum(axes, x, layer[name])
     a, b = adapter_names(name)
     if a not in layer:
@@ -227,9 +254,24 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
 
 def adapter_names(name: str) -> tuple[str, str]:
     """Names of a matrix's adapter: ("q_a_dr", "q_b_rkgh") of "q_dkgh"."""
-    stem, _, axes = name.rpartition("_")
-    cut = 1 if axes[0] == "d" else len(axes) - 1  # what it is multiplied with is "d", or all but "d"
+    stem, axes, cut = name.rpartition("_")[0], _axes(name), _num_inputs(name)
     return f"{stem}_a_{axes[:cut]}r", f"{stem}_b_r{axes[cut:]}"
+
+
+def _turned(name: str) -> str:
+    """The name of a matrix that is stored outputs first: "q_kghd" of "q_dkgh"."""
+    stem, axes, cut = name.rpartition("_")[0], _axes(name), _num_inputs(name)
+    return f"{stem}_{axes[cut:]}{axes[:cut]}"
+
+
+def _axes(name: str) -> str:
+    return name.rpartition("_")[2]
+
+
+def _num_inputs(name: str) -> int:
+    """How many of a matrix's first axes it is multiplied over: "d", or all but "d"."""
+    axes = _axes(name)
+    return 1 if axes[0] == "d" else len(axes) - 1
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

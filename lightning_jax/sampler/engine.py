@@ -62,9 +62,9 @@ class Engine:
         dtype: of weights, activations and cache.
         eos_ids: ids that end a reply; the model's own by default.
         max_queue: requests that may wait.
-        row_floor: fewest rows that a matrix product gets, a power of two. XLA's CPU kernels sum in one order for all
-            shapes of at least 64 rows and in others below; so with 64, the default there, what a request samples is the
-            same to the last bit in any company. With less, few requests run faster, and results agree up to rounding.
+        row_floor: fewest rows that a matrix product gets, a power of two. XLA's CPU kernels sum a row in one order for
+            all numbers of rows from 2 on (see `programs.prepare_params`), so that what a request samples is the same to
+            the last bit in any company.
         mesh: shards KV heads over the mesh's "tensor" axis; the weights keep the sharding they come with.
         version: of `params`.
         tell: how the engines of other processes learn of this one's dispatches, for `replay`; see `executor.Executor`.
@@ -95,7 +95,7 @@ class Engine:
         self.decode_steps = decode_steps
         self.version = version
         self._eos_ids = tuple(config.eos_ids if eos_ids is None else eos_ids)
-        row_floor = row_floor or (64 if jax.default_backend() == "cpu" else 8)
+        row_floor = row_floor or (16 if jax.default_backend() == "cpu" else 8)
         prefill_chunk = max(page_size, min(prefill_chunk, executor.power_of_two(max_seq_len)))
         shapes = executor.prefill_shapes(prefill_chunk, page_size, max_slots, row_floor)
         common = {

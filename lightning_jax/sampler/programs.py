@@ -90,14 +90,15 @@ def _jitted(platform: str) -> Programs:
 
 
 def _compiler_options(platform: str) -> dict[str, str] | None:
-    """On CPU: only matrix products go to the YNNPACK library.
+    """On CPU: only matrix products go to the YNNPACK library, and each by itself.
 
     XLA gives it softmaxes as well, but only large ones, and its exp differs from XLA's own in the last bit; so a
-    request's log-probs would depend on how many others run.
+    request's log-probs would depend on how many others run. Two products in one call, with what is between them, are
+    rounded in one way for fewer than 64 rows and in another for more.
     """
     if platform != "cpu":
         return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     try:
         jax.jit(lambda x: x + 1, compiler_options=options).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
     except Exception:  # an XLA without that option
@@ -108,10 +109,13 @@ def _compiler_options(platform: str) -> dict[str, str] | None:
 def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
     """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master.
 
-    Adapters become a part of their matrices, in float32 and before the cast.
+    Adapters become a part of their matrices, in float32 and before the cast. On CPU matrices are turned: XLA sums a
+    product with them in one order for all numbers of rows from 2 on, otherwise only from 64 on.
     """
     params = llama.unstack_layers(params)
     params |= {"layers": [lora.merged(layer) for layer in params["layers"]]}
+    if mesh_lib.platform() == "cpu":
+        params = llama.turn_matrices(params)
     params = llama.cast_params(params, dtype)
     return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(jnp.copy(leaf)), params)
 

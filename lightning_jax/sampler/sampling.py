@@ -50,8 +50,12 @@ def sample(
 
 
 def temper(logits_bv: jax.Array, temperature_b: jax.Array) -> jax.Array:
-    """Logits by temperature, [B, V] float32; as they are in greedy rows."""
-    return logits_bv / _divisor(temperature_b)
+    """Logits by temperature, [B, V] float32; as they are in greedy rows.
+
+    In a branch of its own: XLA rounds a division in one way among what comes before or after it and in another alone.
+    """
+    divisor_b1 = _divisor(temperature_b)
+    return jax.lax.cond(jnp.all(divisor_b1 == 1.0), lambda x: x, lambda x: x / divisor_b1, logits_bv)
 
 
 def draw(
