@@ -16,11 +16,11 @@ _http = httpx.Client(timeout=60)
 
 def agent(resource, task) -> float:
     """Reward 1 for the right answer, 0 for any other."""
-    place = _ask(resource.model_api_1, task.question)
-    return float(_ask(resource.model_api_2, written_at(place)) == task.ground_truth)
+    place = ask(resource.model_api_1, task.question)
+    return float(ask(resource.model_api_2, written_at(place)) == task.ground_truth)
 
 
-def _ask(model_api: str, question: str) -> str:
+def ask(model_api: str, question: str) -> str:
     request = {"messages": [{"role": "user", "content": question}], "max_tokens": 8}
     response = _http.post(f"{model_api}/chat/completions", json=request)
     response.raise_for_status()
