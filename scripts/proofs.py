@@ -7,7 +7,8 @@ A proof is a configuration, run once a seed, and once more as a control with `al
 each rollout another one's reward. Every run is `lightning_jax.main` with real workers, as a user starts it. What was
 not done when this was interrupted is run when it is started again. Held-out rewards come from `result.json`.
 
-Ends with status 1 if a seed gained less than `LEAST_GAIN`, or a control more than `MOST_CONTROL_GAIN`.
+Ends with status 1 if a seed gained less than `LEAST_GAIN`, or a control more than `MOST_OF_CONTROL` of what the least
+seed did. Not every control stands still: it is pushed about at random, and from a reward of 0 that can only help.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import matplotlib.pyplot as plt
 from lightning_jax import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LEAST_GAIN, MOST_CONTROL_GAIN = 0.2, 0.1
+LEAST_GAIN, MOST_OF_CONTROL = 0.2, 0.25
 CONTROL = "control"
 
 
@@ -44,14 +45,16 @@ def _quickstart(title: str, *flags: str, updates: int = 24) -> Proof:
     return Proof(title, "configs/quickstart.py", (f"runtime.total_steps={updates}", "runtime.eval_interval=6", *flags))
 
 
-def _ppo(title: str, *flags: str, environment: tuple[tuple[str, str], ...] = ()) -> Proof:
-    return Proof(title, "configs/ppo.py", ("runtime.total_steps=24", "runtime.eval_interval=6", *flags), environment)
+def _ppo(title: str, *flags: str, updates: int = 24, environment: tuple[tuple[str, str], ...] = ()) -> Proof:
+    flags = (f"runtime.total_steps={updates}", "runtime.eval_interval=6", *flags)
+    return Proof(title, "configs/ppo.py", flags, environment)
 
 
 _TOOL = (
     "agent.script=scripts/agents/book.py",
     *(f"data.{s}_file=scripts/agents/data/lookup_{s}.jsonl" for s in ("train", "test")),
 )
+_AIR = (("LIGHTNING_ENABLE_AIR", "true"),)
 PROOFS = {
     "grpo": _quickstart("GRPO, the quickstart", updates=48),
     "rloo": _quickstart("RLOO", "algorithm.name=rloo", "algorithm.learning_rate=1e-4"),
@@ -60,7 +63,7 @@ PROOFS = {
     "ppo": _ppo("PPO"),
     "lora": _quickstart("GRPO, LoRA of rank 16", "model.lora_rank=16", "algorithm.learning_rate=2e-3"),
     "tool": _quickstart("GRPO, an agent of two turns with a tool", *_TOOL, updates=12),
-    "air": _ppo("PPO, the same agent with AIR's rewards", *_TOOL, environment=(("LIGHTNING_ENABLE_AIR", "true"),)),
+    "air": _ppo("PPO, that agent with AIR's rewards", *_TOOL, updates=12, environment=_AIR),
     "two_models": Proof(
         "GRPO, two models jointly", "configs/two_models.py", ("runtime.total_steps=6", "runtime.eval_interval=2")
     ),
@@ -118,7 +121,8 @@ def _gain(result: dict) -> float:
 def _holds(results: dict[str, dict]) -> bool:
     gains = {run: _gain(result) for run, result in results.items()}
     control = gains.pop(CONTROL)
-    return min(gains.values()) >= LEAST_GAIN and control <= MOST_CONTROL_GAIN
+    least = min(gains.values())
+    return least >= LEAST_GAIN and control <= MOST_OF_CONTROL * least
 
 
 # ---- what is shown ----
@@ -140,15 +144,16 @@ def _page(found: dict[str, dict[str, dict]]) -> str:
     return f"""# What learns
 
 Held-out reward, greedy, before and after some updates of `builtin:tiny` with real agents. In the control every rollout
-gets another one's reward of the same step: whatever is still learned then does not come from the rewards. The figures
-are `python scripts/proofs.py`'s, which runs each configuration anew and fails if one of them does not hold.
+gets another one's reward of the same step: whatever is still gained then does not come from the rewards. A control is
+pushed about at random, which from a reward of 0 can only help. The figures are `python scripts/proofs.py`'s, which
+fails if a seed gains less than {LEAST_GAIN}, or a control more than {MOST_OF_CONTROL:.0%} of what the least seed does.
 
 {_table(found)}
 
 ![held-out rewards over updates, a panel for each](proofs.png)
 
-The agent with a tool and the two models have a task that takes two right answers in a row; its rewards with AIR are
-up to 0.3 higher, and lower by 0.2 where the tool fails.
+The agent with a tool and the two models have a task that takes two right answers in a row, all of them with a carry.
+With AIR the tool's success earns 0.3 more in training, and its failure 0.2 less.
 """
 
 
