@@ -185,6 +185,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "proofs", help="work directories")
     parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="where the page and picture go")
     args = parser.parse_args()
+    args.runs = args.runs.resolve()  # the runs are started in the repository, wherever this was
     if unknown := set(args.only) - set(PROOFS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PROOFS)}")
     return args
