@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import time
 
 import pytest
 
@@ -29,6 +30,14 @@ SMALL = {
 }
 
 
+def slow_on_one_task(resource, task):
+    """Holds its step open for a while, in which a free worker gets to the next one, if that is open."""
+    reward = fills(resource, task)
+    if task.question == "0+1?":
+        time.sleep(2)
+    return reward
+
+
 @pytest.mark.parametrize("bound", [0, 1])
 def test_nothing_older_than_the_bound_is_trained_on(start, random_model, tmp_path, bound):
     running = start(random_model, jobs=True, **SMALL, **{"runtime.max_staleness": bound})
@@ -36,7 +45,7 @@ def test_nothing_older_than_the_bound_is_trained_on(start, random_model, tmp_pat
     tasks.write_text("".join(json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(4)))
     with Client(running.url) as client:
         client.upload_data(tasks)
-        result = client.train(fills, nworkers=2, batch_size=2, epochs=3)
+        result = client.train(slow_on_one_task, nworkers=3, batch_size=2, epochs=3)  # a group of 2 waits at once
     assert result.total_steps == 6
     ages = {step: set() for step in range(1, 7)}
     for _, record in running.store.ended_rollouts(Filter(mode="train")):
