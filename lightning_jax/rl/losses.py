@@ -24,28 +24,36 @@ def token_logprobs(
     x_btd: jax.Array,
     token_bt: jax.Array,
     temperature_bt: jax.Array,
+    wanted_bt: jax.Array,
     *,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of each token and entropy of the distribution it was drawn from, at the token's temperature.
+    """Log-prob of each wanted token and entropy of the distribution it was drawn from, at the token's temperature.
 
-    Logits are made, reduced and forgotten a chunk of positions at a time, in the backward pass too.
+    Logits are made, reduced and forgotten a chunk of positions at a time, in the backward pass too. Where there are
+    several chunks, each row's wanted tokens come first, and chunks without any are left out: of a long prompt there are
+    no logits.
 
     Args:
         params: whose unembedding is used.
         x_btd: [B, T, D], final hidden states of `llama.forward`.
         token_bt: [B, T] int32, the tokens that `x_btd` was computed of.
         temperature_bt: [B, T] float32, that each token was sampled with; 0 (greedy) counts as 1.
+        wanted_bt: [B, T] bool.
         chunk: positions at a time, a divisor of T; by default, what keeps the logits under 256 MB.
 
     Returns:
-        logprob_bt: [B, T] float32, nats.
-        entropy_bt: [B, T] float32, nats.
+        logprob_bt: [B, T] float32, nats; 0 where the token is not wanted, and at position 0.
+        entropy_bt: [B, T] float32, nats; likewise.
     """
     b, t = token_bt.shape
     chunk = chunk or chunk_length(b, t, config.vocab_size)
-    target_bt = jnp.roll(token_bt, -1, axis=1)
-    next_temperature_bt = jnp.roll(jnp.where(temperature_bt == 0, 1.0, temperature_bt), -1, axis=1)
+    temperature_bt = jnp.where(temperature_bt == 0, 1.0, temperature_bt)
+    wanted_bt &= jnp.arange(t) > 0
+    # What is known of the next token, at the position of the hidden state that predicts it.
+    target_bt, next_temperature_bt, next_wanted_bt = (
+        jnp.roll(x, -1, axis=1) for x in (token_bt, temperature_bt, wanted_bt)
+    )
 
     # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
     @jax.checkpoint
@@ -59,15 +67,26 @@ def token_logprobs(
 
     with jax.named_scope("token_logprobs"):
         if chunk == t:
-            logprob_bt, entropy_bt = score(params, x_btd, target_bt, next_temperature_bt)
+            scores = score(params, x_btd, target_bt, next_temperature_bt)
         else:
-            chunks = [
-                x.reshape(b, t // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
-                for x in (x_btd, target_bt, next_temperature_bt)
-            ]
-            scores = jax.lax.map(lambda chunk_of: score(params, *chunk_of), chunks)
-            logprob_bt, entropy_bt = (x.swapaxes(0, 1).reshape(b, t) for x in scores)
-        return tuple(jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in (logprob_bt, entropy_bt))
+            order_bt = jnp.argsort(~next_wanted_bt, axis=1, stable=True)
+
+            def in_chunks(x: jax.Array) -> jax.Array:
+                x = jnp.take_along_axis(x, order_bt.reshape(b, t, *(1,) * (x.ndim - 2)), axis=1)
+                return x.reshape(b, t // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+            def score_chunk(of_chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+                wanted_bc, *arguments = of_chunk
+                zeros_bc = jnp.zeros(wanted_bc.shape)
+                return jax.lax.cond(
+                    jnp.any(wanted_bc), lambda args: score(params, *args), lambda _: (zeros_bc, zeros_bc), arguments
+                )
+
+            arrays = (next_wanted_bt, x_btd, target_bt, next_temperature_bt)
+            scores = jax.lax.map(score_chunk, tuple(in_chunks(x) for x in arrays))
+            place_bt = jnp.argsort(order_bt, axis=1)
+            scores = [jnp.take_along_axis(x.swapaxes(0, 1).reshape(b, t), place_bt, axis=1) for x in scores]
+        return tuple(jnp.where(wanted_bt, jnp.roll(x, 1, axis=1), 0.0) for x in scores)
 
 
 def chunk_length(b: int, t: int, vocab_size: int) -> int:

@@ -125,9 +125,7 @@ def policy_logprobs(
     config: llama.LlamaConfig,
     settings: LearnerSettings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob and entropy of every token of a batch, [B, T] float32 each; see `losses.token_logprobs`.
-
-    Behind a shared prefix a sequence's first token, which is never a sampled one, has no meaningful value.
+    """Log-prob and entropy of a batch's sampled tokens, [B, T] float32 each; see `losses.token_logprobs`.
 
     Args:
         params: what learns; or, without `frozen`, all parameters.
@@ -136,7 +134,7 @@ def policy_logprobs(
     params = llama.cast_params(lora.whole(params, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
     attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window, batch.prefix_bt)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
-    return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt)
+    return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"), donate_argnames="totals")

@@ -38,6 +38,7 @@ def jax_loss(weights, case, chunk, num_tokens):
         weights["x_btd"],
         case["token_bt"],
         case["temperature_bt"],
+        case["mask_bt"],
         chunk=chunk,
     )
     loss, sums = losses.grpo_loss(
@@ -108,9 +109,32 @@ def test_logprobs_and_entropy_equal_numpy(case):
     logits_btv = (case["x_btd"].astype(np.float64) @ case["unembed_dv"])[:, :-1] / temperature_bt[:, 1:, None]
     p_btv = np.exp(logits_btv) / np.exp(logits_btv).sum(-1, keepdims=True)
     chosen_bt = np.take_along_axis(p_btv, case["token_bt"][:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(logprob_bt[:, 1:], np.log(chosen_bt), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropy_bt[:, 1:], -(p_btv * np.log(p_btv)).sum(-1), rtol=1e-5)
+    mask_bt = case["mask_bt"][:, 1:]
+    np.testing.assert_allclose(logprob_bt[:, 1:], np.where(mask_bt, np.log(chosen_bt), 0), rtol=1e-5, atol=1e-6)
+    entropy_of_bt = -(p_btv * np.log(p_btv)).sum(-1)
+    np.testing.assert_allclose(entropy_bt[:, 1:], np.where(mask_bt, entropy_of_bt, 0), rtol=1e-5)
     np.testing.assert_array_equal(logprob_bt[:, 0], 0)
+
+
+def test_no_logits_are_made_where_nothing_was_sampled(case):
+    """Hidden states that predict no sampled token may be anything: with 4 wanted in each row and chunks of 4."""
+    mask_bt = np.zeros((B, T), bool)
+    for row, first in enumerate((1, 5, 12)):
+        mask_bt[row, first : first + 4] = True
+    predicts_bt = np.roll(mask_bt, -1, axis=1)
+    weights = {
+        "x_btd": np.where(predicts_bt[..., None], case["x_btd"], np.nan).astype(np.float32),
+        "unembed_dv": case["unembed_dv"],
+    }
+    whole = {name: case[name] for name in weights}
+    case = case | {"mask_bt": mask_bt}
+    value_and_grad = jax.value_and_grad(jax_loss, has_aux=True)
+    (loss, (_, logprob_bt, _)), grads = value_and_grad(weights, case, 4, jnp.float32(12))
+    (expected_loss, (_, expected_bt, _)), expected = value_and_grad(whole, case, T, jnp.float32(12))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(logprob_bt, expected_bt, rtol=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_the_whole_batch_of_logits_is_never_made():
@@ -122,13 +146,12 @@ def test_the_whole_batch_of_logits_is_never_made():
             ((4, 4096, 8), jnp.float32),
             ((4, 4096), jnp.int32),
             ((4, 4096), jnp.float32),
+            ((4, 4096), jnp.bool),
         )
     ]
 
-    def loss(unembed_dv, x_btd, token_bt, temperature_bt):
-        logprob_bt, entropy_bt = losses.token_logprobs(
-            {"unembed_dv": unembed_dv}, config, x_btd, token_bt, temperature_bt
-        )
+    def loss(unembed_dv, *arrays):
+        logprob_bt, entropy_bt = losses.token_logprobs({"unembed_dv": unembed_dv}, config, *arrays)
         return logprob_bt.sum() + entropy_bt.sum()
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
