@@ -243,7 +243,10 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
         # As a product of two matrices: XLA's CPU compiler would turn those of more axes back at every call.
         product = jnp.einsum("bti,oi->bto", x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:cut]), -1))
         return product.reshape(*x.shape[:2], *w.shape[:cut])
-    product = jnp.einsum(axes, x, layer[name])
+    # As a product of two matrices: of more axes, XLA's CPU compiler would turn the larger operand of a gradient round.
+    w, cut = layer[name], _num_inputs(name)
+    product_no = x.reshape(-1, math.prod(w.shape[:cut])) @ w.reshape(math.prod(w.shape[:cut]), -1)
+    product = product_no.reshape(*x.shape[:2], *w.shape[cut:])
     a, b = adapter_names(name)
     if a not in layer:
         return product
