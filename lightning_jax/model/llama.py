@@ -243,10 +243,13 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
         # As a product of two matrices: XLA's CPU compiler would turn those of more axes back at every call.
         product = jnp.einsum("bti,oi->bto", x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:cut]), -1))
         return product.reshape(*x.shape[:2], *w.shape[:cut])
-    # As a product of two matrices: of more axes, XLA's CPU compiler would turn the larger operand of a gradient round.
-    w, cut = layer[name], _num_inputs(name)
-    product_no = x.reshape(-1, math.prod(w.shape[:cut])) @ w.reshape(math.prod(w.shape[:cut]), -1)
-    product = product_no.reshape(*x.shape[:2], *w.shape[cut:])
+    w = layer[name]
+    if len(x) == 1:
+        product = jnp.einsum(axes, x, w)
+    else:  # As a product of two matrices: gradients sum over two axes, and XLA's CPU compiler would turn them round.
+        inputs = math.prod(w.shape[: _num_inputs(name)])
+        product_no = x.reshape(-1, inputs) @ w.reshape(inputs, -1)
+        product = product_no.reshape(*x.shape[:2], *w.shape[_num_inputs(name) :])
     a, b = adapter_names(name)
     if a not in layer:
         return product
