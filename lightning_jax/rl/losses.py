@@ -75,15 +75,14 @@ def token_logprobs(
                 x = jnp.take_along_axis(x, order_bt.reshape(b, t, *(1,) * (x.ndim - 2)), axis=1)
                 return x.reshape(b, t // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-            def score_chunk(of_chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-                wanted_bc, *arguments = of_chunk
+            # Checkpointed whole: what a cond saves for its gradient, the parameters too, would be kept for every chunk.
+            @jax.checkpoint
+            def score_chunk(params, wanted_bc, *arguments):
                 zeros_bc = jnp.zeros(wanted_bc.shape)
-                return jax.lax.cond(
-                    jnp.any(wanted_bc), lambda args: score(params, *args), lambda _: (zeros_bc, zeros_bc), arguments
-                )
+                return jax.lax.cond(jnp.any(wanted_bc), score, lambda *_: (zeros_bc, zeros_bc), params, *arguments)
 
             arrays = (next_wanted_bt, x_btd, target_bt, next_temperature_bt)
-            scores = jax.lax.map(score_chunk, tuple(in_chunks(x) for x in arrays))
+            scores = jax.lax.map(lambda of_chunk: score_chunk(params, *of_chunk), tuple(in_chunks(x) for x in arrays))
             place_bt = jnp.argsort(order_bt, axis=1)
             scores = [jnp.take_along_axis(x.swapaxes(0, 1).reshape(b, t), place_bt, axis=1) for x in scores]
         return tuple(jnp.where(wanted_bt, jnp.roll(x, 1, axis=1), 0.0) for x in scores)
