@@ -150,6 +150,7 @@ def forward(
     attend: Attend,
     cache: Any = None,
     *,
+    wanted_n: jax.Array | None = None,
     remat: str | None = None,
 ) -> tuple[jax.Array, Any]:
     """Token ids to the final hidden states. Computes in the dtype of `params`; norms and rotary angles in float32.
@@ -160,17 +161,19 @@ def forward(
         position_bt: [B, T] int32, each token's position in its own sequence.
         attend: attention over this call's keys and whatever `cache` holds; it also applies the masks.
         cache: None, or a list with one entry per layer, given to `attend` and replaced by what it returns.
+        wanted_n: [N] int, the rows whose hidden states are wanted, with unstacked layers; None for all. In the last
+            layer the others get no further than their keys and values.
         remat: None, or a key of `REMAT_POLICIES`: what the backward pass keeps of each layer.
 
     Returns:
-        x_btd: [B, T, D], after the final norm; `unembed` makes logits of it.
+        x_btd: [B, T, D], or [N, T, D] of the wanted rows, after the final norm; `unembed` makes logits of it.
         The list of the layers' new caches, or None when `cache` was None.
     """
     layers = params["layers"]
     rope = _rope_angles(config, position_bt)
 
-    def block(x_btd: jax.Array, layer: Params, layer_cache: Any) -> tuple[jax.Array, Any]:
-        return _block(config, layer, x_btd, rope, attend, layer_cache)
+    def block(x_btd: jax.Array, layer: Params, layer_cache: Any, wanted_n: jax.Array | None = None):
+        return _block(config, layer, x_btd, rope, attend, layer_cache, wanted_n)
 
     if remat is not None:
         # Inside a scan nothing can be merged across the barrier that prevent_cse makes, which costs fusion.
@@ -184,13 +187,13 @@ def forward(
         if cache is None:
             x_btd = mesh.constrain(x_btd, "batch", None, None)
     if isinstance(layers, dict):
-        if cache is not None:
-            raise ValueError("a cache needs unstacked layers; see unstack_layers")
+        if cache is not None or wanted_n is not None:
+            raise ValueError("a cache and a choice of rows need unstacked layers; see unstack_layers")
         x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers)
     else:
         caches = []
-        for layer, layer_cache in zip(layers, cache or [None] * len(layers), strict=True):
-            x_btd, layer_cache = block(x_btd, layer, layer_cache)
+        for i, (layer, layer_cache) in enumerate(zip(layers, cache or [None] * len(layers), strict=True), 1):
+            x_btd, layer_cache = block(x_btd, layer, layer_cache, wanted_n if i == len(layers) else None)
             caches.append(layer_cache)
         cache = caches if cache is not None else None
     with jax.named_scope("final_norm"):
@@ -208,9 +211,15 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
 
 
 def _block(
-    config: LlamaConfig, layer: Params, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
+    config: LlamaConfig,
+    layer: Params,
+    x_btd: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cache: Any,
+    wanted_n: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); of the wanted rows."""
     with jax.named_scope("attention"):
         y_btd = _rms_norm(x_btd, layer["attn_norm_d"], config.rms_norm_eps)
         q_btkgh = _project("btd,dkgh->btkgh", y_btd, layer, "q_dkgh")
@@ -227,6 +236,8 @@ def _block(
             k_btkh = _rms_norm(k_btkh, layer["k_norm_h"], config.rms_norm_eps)
         q_btkgh, k_btkh = _rotate(q_btkgh, rope), _rotate(k_btkh, rope)
         out_btkgh, cache = attend(q_btkgh, k_btkh, v_btkh, cache)
+        if wanted_n is not None:
+            x_btd, out_btkgh = x_btd[wanted_n], out_btkgh[wanted_n]
         x_btd = x_btd + _project("btkgh,kghd->btd", out_btkgh.astype(x_btd.dtype), layer, "o_kghd")
     with jax.named_scope("mlp"):
         y_btd = _rms_norm(x_btd, layer["mlp_norm_d"], config.rms_norm_eps)

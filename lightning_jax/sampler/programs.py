@@ -149,11 +149,12 @@ def prefill(
     valid_bt = offset_t < length_b[:, None]
     copies = kv_cache.Copies(samples[:, ROW], samples[:, COPY_FIRST], samples[:, COPY_PAGE])
     attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window, copies)
-    x_m1d, pages = llama.forward(params, config, token_bt.reshape(-1, 1), position_bt.reshape(-1, 1), attend, pages)
-
     row_n = samples[:, ROW]
     last_n = row_n * chunk + jnp.maximum(length_b[row_n] - 1, 0)
-    logits_nv = llama.unembed(params, config, x_m1d[last_n, 0])
+    token_m1, position_m1 = token_bt.reshape(-1, 1), position_bt.reshape(-1, 1)
+    few = last_n.size < token_m1.size  # or else the last layer has less to do for all of them
+    x_n1d, pages = llama.forward(params, config, token_m1, position_m1, attend, pages, wanted_n=last_n if few else None)
+    logits_nv = llama.unembed(params, config, (x_n1d if few else x_n1d[last_n])[:, 0])
     position_n = start_b[row_n] + length_b[row_n]
     noise_n1 = sampling.uniform_noise(_noise_key(samples), position_n[:, None])
     token_n, logprob_n = _sample(logits_nv, samples, noise_n1[:, 0])

@@ -122,7 +122,22 @@ def test_the_shape_tiny_is_the_model_that_ships():
     assert shapes.named_shape("tiny") == weights.load_config("builtin:tiny")
 
 
+def test_rows_that_are_not_wanted_get_no_further_than_their_keys_and_values():
+    config, params = weights.load_model("builtin:tiny")
+    params, arguments, wanted_n = llama.unstack_layers(params), inputs(config, batch=8), jnp.array([5, 0])
+
+    def hidden(params, wanted_n):
+        return llama.forward(params, config, *arguments, wanted_n=wanted_n)[0]
+
+    whole, some = (jax.jit(hidden).lower(params, wanted).compile() for wanted in (None, wanted_n))
+    np.testing.assert_allclose(some(params, wanted_n), whole(params, None)[wanted_n], rtol=0, atol=1e-5)
+    layer = params["layers"][0]
+    saved = 2 * 6 * arguments[0].shape[1] * sum(layer[name].size for name in ("o_kghd", "gate_df", "up_df", "down_fd"))
+    assert whole.cost_analysis()["flops"] - some.cost_analysis()["flops"] == pytest.approx(saved, rel=0.1)
+
+
 def test_a_cache_needs_unstacked_layers():
     config, params = weights.load_model(GOLDENS[0])
-    with pytest.raises(ValueError, match="unstack_layers"):
-        llama.forward(params, config, *inputs(config), cache=[None] * config.num_layers)
+    for of_layers in ({"cache": [None] * config.num_layers}, {"wanted_n": jnp.array([0])}):
+        with pytest.raises(ValueError, match="unstack_layers"):
+            llama.forward(params, config, *inputs(config), **of_layers)
