@@ -4,6 +4,7 @@ Nothing in this file waits for the device, but `Executor.score`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ class Executor:
         self._programs = programs.jitted()
         self._config = config
         self._page_size = page_size
+        self._num_pages = num_pages
         self._decode_steps = decode_steps
         # Enough rows for everyone to sample at once; the slot after theirs is for padding.
         self._sample_rows = self._padding_slot = max(row_floor, power_of_two(max_slots))
@@ -84,6 +86,7 @@ class Executor:
         self._pages = kv_cache.init_pages(config, num_pages, page_size, self._dtype, self._sharding(*page_axes))
         self._state = programs.init_state(self._padding_slot, self._sharding((), ()))
         self._workspace = _Workspace()
+        self._idle: dict[tuple[int, int], list[kv_cache.Dense]] = {}  # workspaces' arrays by shape, latest used last
         self._params: Params = {}
 
     def publish(self, params: Params) -> None:
@@ -247,11 +250,21 @@ class Executor:
         return sampled, top
 
     def _use_workspace(self, rows: int, width: int) -> None:
-        """Makes the workspace one of this shape; what another held is dropped."""
-        if self._workspace.shape == (rows, width):
+        """Makes the workspace one of this shape; what another held is dropped.
+
+        Arrays of other shapes are kept while all together are no larger than the pages: new memory costs as much as a
+        step or two of decoding.
+        """
+        old, shape = self._workspace, (rows, width)
+        if old.shape == shape:
             return
-        self._workspace = _Workspace((rows, width))  # the old arrays are freed before new ones are made
-        if self._decode_shapes[rows, width]:
+        if old.arrays is not None:
+            self._idle[old.shape] = old.arrays
+        old.arrays = None
+        self._workspace = _Workspace(shape, self._idle.pop(shape, None))
+        if self._workspace.arrays is None and self._decode_shapes[shape]:
+            while self._idle and sum(map(math.prod, [shape, *self._idle])) > self._num_pages:
+                del self._idle[next(iter(self._idle))]  # freed before new ones are made
             length, k, h = width * self._page_size, self._config.num_kv_heads, self._config.head_dim
             sharding = self._sharding((rows, k, length, h), (None, "kv_heads", None, None))
             self._workspace.arrays = kv_cache.init_dense(self._config, rows, length, self._dtype, sharding)

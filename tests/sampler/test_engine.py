@@ -298,6 +298,22 @@ def test_the_engine_keeps_its_own_copy_of_the_weights(small, prompts):
     assert_same(run(engine, [("a", prompts[0], GREEDY)]), run(small.engine(), [("a", prompts[0], GREEDY)]))
 
 
+@pytest.mark.parametrize("num_pages, kept", [(448, 3), (256, 1)])
+def test_workspaces_are_kept_while_they_are_no_larger_than_the_pages(small, num_pages, kept):
+    executor = small.engine(num_pages=num_pages)._executor
+    shapes = [shape for shape, dense in executor._decode_shapes.items() if dense]
+    assert shapes == [(16, 4), (16, 8), (16, 16)]
+
+    def use(shape: tuple[int, int]) -> list[int]:
+        executor._use_workspace(*shape)
+        return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(executor._workspace.arrays)]
+
+    first = {shape: use(shape) for shape in shapes}
+    assert len(executor._idle) + 1 == kept
+    if kept == len(shapes):
+        assert {shape: use(shape) for shape in shapes} == first
+
+
 def test_nothing_is_compiled_after_warmup(small, prompts):
     engine = small.engine(max_slots=16, decode_steps=5)
     seen = []
