@@ -233,7 +233,7 @@ def _our_steps(args: argparse.Namespace, folder: pathlib.Path, steps: int) -> di
         "runtime": {
             "max_seq_len": length,
             "batch_size": rollouts,
-            "gradient_accumulation": 4,  # half the memory at the same speed
+            "gradient_accumulation": 4,  # half the memory
             "remat": "none",
             "total_steps": steps,
             "checkpoint_interval": 0,

@@ -254,13 +254,12 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
         # As a product of two matrices: XLA's CPU compiler would turn those of more axes back at every call.
         product = jnp.einsum("bti,oi->bto", x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:cut]), -1))
         return product.reshape(*x.shape[:2], *w.shape[:cut])
-    w = layer[name]
+    w, cut = layer[name], _num_inputs(name)
     if len(x) == 1:
         product = jnp.einsum(axes, x, w)
     else:  # As a product of two matrices: gradients sum over two axes, and XLA's CPU compiler would turn them round.
-        inputs = math.prod(w.shape[: _num_inputs(name)])
-        product_no = x.reshape(-1, inputs) @ w.reshape(inputs, -1)
-        product = product_no.reshape(*x.shape[:2], *w.shape[_num_inputs(name) :])
+        inputs = math.prod(w.shape[:cut])
+        product = (x.reshape(-1, inputs) @ w.reshape(inputs, -1)).reshape(*x.shape[:2], *w.shape[cut:])
     a, b = adapter_names(name)
     if a not in layer:
         return product
