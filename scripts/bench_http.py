@@ -40,6 +40,7 @@ def main() -> None:
         policies = stack.enter_context(contextlib.closing(Policies(config)))
         store = stack.enter_context(contextlib.closing(Store(f"{config.workdir}/store.sqlite3")))
         policies.first.warmup()
+        program.freeze_heap()
         app = server.create_app(config=config, policies=policies, store=store)
         running = server.RunningServer(app, server.bind("127.0.0.1", 0))
         stack.callback(running.stop)
