@@ -32,5 +32,6 @@ if "$VENV_PYTHON" -c "import torch" 2>/dev/null; then
 fi
 
 # Two processes, each with whole files, so that a file's tests share what they compiled; in the order in which they are
-# found, since files of few tests are the slowest ones. -n 0 runs all in one process.
-exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+# found, since files of few tests are the slowest ones. A process that crashes is an error and ends the run: the tests
+# that it had left would never be run by another. -n 0 runs all in one process.
+exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"
