@@ -182,3 +182,20 @@ def on_each_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Call
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def on_own_rows(function: Callable, weights: Any, *arrays: jax.Array) -> Any:
+    """Inside jit under `jax.set_mesh`: `function(weights, *arrays)` of each device's own rows of the batch.
+
+    Weights are gathered from `data` and `fsdp` once, and their gradients, which a loop in `function` may add up, are
+    summed over devices once, after it. `tensor` is left to the compiler. Where rows are not divided: `function` itself.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    divided = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
+    if not divided or len(arrays[0]) % math.prod(sizes[axis] for axis in divided):
+        return function(weights, *arrays)
+    in_specs = (PartitionSpec(), *(PartitionSpec(divided) for _ in arrays))
+    of_rows = jax.shard_map(
+        function, in_specs=in_specs, out_specs=PartitionSpec(divided), axis_names=set(divided), check_vma=False
+    )
+    return of_rows(weights, *arrays)

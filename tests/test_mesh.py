@@ -135,14 +135,49 @@ ALL = ("8x1x1,4x2x1,4x1x2,2x4x1,2x2x2,2x1x4,1x8x1,1x4x2,1x2x4,1x1x4,1x4x1,1x2x1,
 
 def test_every_mesh_gives_what_one_device_gives(tmp_path):
     """On a few of them, since compiling takes its time; with the variable EVERY_MESH set on all."""
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT, tmp_path, *(ALL if "EVERY_MESH" in os.environ else FEW)],
+    done = on_eight_devices(ON_EIGHT, tmp_path, *(ALL if "EVERY_MESH" in os.environ else FEW))
+    assert done.stdout.strip() == "all equal", done.stderr
+
+
+def on_eight_devices(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     )
-    assert done.stdout.strip() == "all equal", done.stderr
+
+
+LOOP = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lightning_jax import hlo_costs, mesh
+
+devices = mesh.make_mesh(2, 2, 2)
+w_dv = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(devices, P("fsdp", "tensor")))
+x_btd = jax.ShapeDtypeStruct((8, 12, 16), jnp.float32, sharding=NamedSharding(devices, P(("data", "fsdp"))))
+
+
+def loss(w_dv, x_btd, chunks):
+    def in_chunks(w_dv, x_btd):
+        parts = jnp.split(x_btd, chunks, axis=1)
+        return jax.lax.map(lambda x_bcd: jnp.sum(jnp.tanh(x_bcd @ w_dv), (1, 2)), jnp.stack(parts)).sum(0)
+    return mesh.on_own_rows(in_chunks, w_dv, x_btd).sum()
+
+
+with jax.set_mesh(devices):
+    for chunks in (2, 6):
+        program = jax.jit(jax.grad(loss), static_argnums=2).lower(w_dv, x_btd, chunks).compile()
+        costs = hlo_costs.of_program(program.as_text())
+        print(sum(t.bytes for kind, t in costs.collectives.items()))
+"""
+
+
+def test_a_loop_over_rows_sends_its_weights_gradient_once():
+    """The [V, D] gradient of the unembedding, summed over devices in each chunk, is most of what is sent otherwise."""
+    few, many = map(float, on_eight_devices(LOOP).stdout.split())
+    assert 0 < many == few
 
 
 LLAMA_3B = {"width": 3072, "kv_heads": 8, "mlp": 8192}

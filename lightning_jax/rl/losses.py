@@ -4,10 +4,13 @@ Axes as in `model/llama.py`. Everything per token is about the token at its own 
 log-prob of token t given the tokens before it, and is 0 at t = 0, which nothing predicts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import mesh
 from lightning_jax.model import llama
 
 # Logits of one chunk, [B, chunk, V] float32: 256 MB. Smaller chunks add the [D, V] gradient up more often than the
@@ -40,12 +43,19 @@ def token_logprobs(
         token_bt: [B, T] int32, the tokens that `x_btd` was computed of.
         temperature_bt: [B, T] float32, that each token was sampled with; 0 (greedy) counts as 1.
         wanted_bt: [B, T] bool.
-        chunk: positions at a time, a divisor of T; by default, what keeps the logits under 256 MB.
+        chunk: positions at a time, a divisor of T; by default, what keeps a device's logits under 256 MB.
 
     Returns:
         logprob_bt: [B, T] float32, nats; 0 where the token is not wanted, and at position 0.
         entropy_bt: [B, T] float32, nats; likewise.
     """
+    name = "embed_vd" if config.tie_embeddings else "unembed_dv"
+    of_rows = functools.partial(_token_logprobs, config=config, chunk=chunk)
+    return mesh.on_own_rows(of_rows, {name: params[name]}, x_btd, token_bt, temperature_bt, wanted_bt)
+
+
+def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, config, chunk):
+    """`token_logprobs` on one device, of its rows."""
     b, t = token_bt.shape
     chunk = chunk or chunk_length(b, t, config.vocab_size)
     temperature_bt = jnp.where(temperature_bt == 0, 1.0, temperature_bt)
