@@ -3,16 +3,19 @@
     python scripts/bench_peers.py --peer=transformers --peer-python=PEER/bin/python --model=models/smollm2.gguf
     python scripts/bench_peers.py --peer=trl --peer-python=PEER/bin/python --model=models/smollm2.gguf
     python scripts/bench_peers.py --peer=trl ... --until-eos --steps=20 --prompts=2 --new=24   # do both learn the same?
+    python scripts/bench_peers.py --peer=tunix --peer-python=PEER/bin/python --model=models/smollm2.gguf
 
 `transformers` is decoding alone: `--batch` requests of random prompts at once, each with `--new` tokens. On our side a
-client process sends them to the server over HTTP; on the peer's, `generate` gets the whole batch. `trl` is a whole GRPO
-step: `--prompts` sums of two digits from reasoning-gym x `--group` rollouts, rewards, the reference's log-probs, and
-one update of all rows at once. On our side that is `lightning_jax.main` with `scripts/agents/reasoning.py` in a worker
-for each rollout; on the peer's, TRL's GRPOTrainer with the same tasks, prompts, reward function and settings.
+client process sends them to the server over HTTP; on the peer's, `generate` gets the whole batch. `trl` and `tunix` are
+a whole GRPO step: `--prompts` sums of two digits from reasoning-gym x `--group` rollouts, rewards, the reference's
+log-probs, and one update of all rows at once. On our side that is `lightning_jax.main` with
+`scripts/agents/reasoning.py` in a worker for each rollout; on the peer's, TRL's GRPOTrainer or Tunix's GRPOLearner with
+the same tasks, prompts, reward function and settings.
 
-The peer runs in an environment of its own, which has it and, for `trl`, reasoning-gym and httpx (`pip install trl
-reasoning-gym httpx`). Both sides read the same Hugging Face folder, which is made from `--model`, and compute in
-float32. The first measurement of each side is a warm-up and does not count; figures are medians of the others.
+The peer runs in an environment of its own, which has it and, for a whole step, reasoning-gym and httpx (`pip install
+trl reasoning-gym httpx`, or `pip install google-tunix jax reasoning-gym httpx`). Both sides read the same Hugging Face
+folder, which is made from `--model`, and compute in float32. The first measurement of each side is a warm-up and does
+not count; figures are medians of the others.
 
 Peak memory is the largest sum, seen five times a second, of what a side's processes hold in memory (from Linux's /proc;
 pages that several of our processes share count in each). `sgemm_flops_per_s` is a product of large matrices by NumPy
@@ -62,7 +65,7 @@ def main() -> None:
         export.save_hf(folder / "model", config, params)
         tokenizer.load_tokenizer(args.model).save(folder / "model")
         del params
-        compared = {"transformers": compare_decoding, "trl": compare_steps}[args.peer]
+        compared = compare_decoding if args.peer == "transformers" else compare_steps
         result = compared(args, folder, config.vocab_size)
     heading = {
         "benchmark": "peers",
@@ -158,7 +161,7 @@ def _decode_over_http(http: httpx.Client, url: str, rng, batch: int, vocab_size:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A whole GRPO step: ours, TRL's GRPOTrainer
+# A whole GRPO step: ours, TRL's GRPOTrainer, Tunix's GRPOLearner
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +185,7 @@ def compare_steps(args: argparse.Namespace, folder: pathlib.Path, vocab_size: in
         "kl_coef": args.kl_coef,
         "seed": SEED,
     }
-    peer, peak = run_peer(args, folder, "trl_grpo.py", spec)
+    peer, peak = run_peer(args, folder, f"{args.peer}_grpo.py", spec)
     peer["peak_memory_bytes"] = peak
     speed.append(sgemm_flops_per_s())
     peer |= {"median_step_s": median(peer["step_s"][1:]), "median_sample_s": median(peer["sample_s"][1:])}
@@ -387,7 +390,7 @@ def _parse_args() -> argparse.Namespace:
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", choices=("transformers", "trl"), required=True)
+    parser.add_argument("--peer", choices=("transformers", "trl", "tunix"), required=True)
     parser.add_argument("--peer-python", default=sys.executable, help="this environment's by default")
     parser.add_argument(
         "--peer-env", action="append", default=[], help="NAME=VALUE for the peer alone, as LD_PRELOAD=libjemalloc.so.2"
