@@ -85,7 +85,8 @@ def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
     assert done.returncode == 0, done.stderr
     assert installs(calls)[0].endswith("--editable .[server,dev,clients,ray]")
     assert "--no-deps verl==" in installs(calls)[-1]
-    assert calls[-1] == "-m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/rl -k grpo"
+    flags = "--numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0"
+    assert calls[-1] == f"-m pytest {flags} tests/rl -k grpo"
     assert installs(clone("scripts/test.sh")[1]) == []
 
 
