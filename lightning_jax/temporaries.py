@@ -61,7 +61,7 @@ def update_bytes(
     copies, shards, ways = sizes
     blocks, length = largest_micro_batch(learner, max_seq_len, sizes)
     blocks //= copies * shards
-    chunk = losses.chunk_length(blocks, length, model.vocab_size)
+    chunk = losses.chunk_length(blocks * length, model.vocab_size)
     tokens, width = blocks * length, model.hidden_size
     heads, qkv, mlp, vocab = _shares(model, ways)
     itemsize = jnp.dtype(learner.compute_dtype).itemsize
@@ -75,7 +75,7 @@ def update_bytes(
     # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
     matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 2
-    logits = 4 * (3 * blocks * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
+    logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
     saved = {
         "full": width,
         "dots": 3 * width + qkv + 2 * mlp + adapted,

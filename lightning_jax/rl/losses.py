@@ -13,9 +13,10 @@ import numpy as np
 from lightning_jax import mesh
 from lightning_jax.model import llama
 
-# Logits of one chunk, [B, chunk, V] float32: 256 MB. Smaller chunks add the [D, V] gradient up more often than the
+# Logits of one chunk, [chunk, V] float32: 256 MB. Smaller chunks add the [D, V] gradient up more often than the
 # matrix product takes; larger ones cost memory and gain nothing.
 _CHUNK_LOGITS = 1 << 26
+_SMALL_CHUNK = 256  # tokens, which are not divided to skip some of them
 
 # exp() of a larger difference of log-probs says nothing more and overflows float32 at 88.
 _MAX_LOG_RATIO = 20.0
@@ -33,9 +34,8 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each wanted token and entropy of the distribution it was drawn from, at the token's temperature.
 
-    Logits are made, reduced and forgotten a chunk of positions at a time, in the backward pass too. Where there are
-    several chunks, each row's wanted tokens come first, and chunks without any are left out: of a long prompt there are
-    no logits.
+    Logits are made, reduced and forgotten a chunk of tokens at a time, in the backward pass too. Wanted tokens come
+    first, and chunks without any are left out: of prompts and padding there are no logits.
 
     Args:
         params: whose unembedding is used.
@@ -43,7 +43,7 @@ def token_logprobs(
         token_bt: [B, T] int32, the tokens that `x_btd` was computed of.
         temperature_bt: [B, T] float32, that each token was sampled with; 0 (greedy) counts as 1.
         wanted_bt: [B, T] bool.
-        chunk: positions at a time, a divisor of T; by default, what keeps a device's logits under 256 MB.
+        chunk: tokens at a time, a divisor of a device's B * T; by default, what keeps logits under 256 MB.
 
     Returns:
         logprob_bt: [B, T] float32, nats; 0 where the token is not wanted, and at position 0.
@@ -55,55 +55,52 @@ def token_logprobs(
 
 
 def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, config, chunk):
-    """`token_logprobs` on one device, of its rows."""
+    """`token_logprobs` on one device, of its rows; their tokens are one axis, `N`, and those of a chunk `C`."""
     b, t = token_bt.shape
-    chunk = chunk or chunk_length(b, t, config.vocab_size)
+    chunk = chunk or chunk_length(b * t, config.vocab_size)
     temperature_bt = jnp.where(temperature_bt == 0, 1.0, temperature_bt)
     wanted_bt &= jnp.arange(t) > 0
     # What is known of the next token, at the position of the hidden state that predicts it.
-    target_bt, next_temperature_bt, next_wanted_bt = (
-        jnp.roll(x, -1, axis=1) for x in (token_bt, temperature_bt, wanted_bt)
+    target_n, temperature_n, wanted_n = (
+        jnp.roll(x, -1, axis=1).reshape(b * t) for x in (token_bt, temperature_bt, wanted_bt)
     )
+    x_nd = x_btd.reshape(b * t, -1)
 
     # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
     @jax.checkpoint
-    def score(params, x_bcd, target_bc, temperature_bc):
-        logprob_bcv = jax.nn.log_softmax(llama.unembed(params, config, x_bcd) / temperature_bc[..., None])
+    def score(params, x_cd, target_c, temperature_c):
+        logprob_cv = jax.nn.log_softmax(llama.unembed(params, config, x_cd) / temperature_c[:, None])
         # A masked sum, not a gather: its gradient needs no scatter, and it works on a sharded vocabulary.
-        chosen_bcv = jnp.arange(config.vocab_size) == target_bc[..., None]
-        logprob_bc = jnp.sum(jnp.where(chosen_bcv, logprob_bcv, 0.0), axis=-1)
-        entropy_bc = -jnp.sum(jnp.exp(logprob_bcv) * logprob_bcv, axis=-1)
-        return logprob_bc, entropy_bc
+        chosen_cv = jnp.arange(config.vocab_size) == target_c[:, None]
+        logprob_c = jnp.sum(jnp.where(chosen_cv, logprob_cv, 0.0), axis=-1)
+        entropy_c = -jnp.sum(jnp.exp(logprob_cv) * logprob_cv, axis=-1)
+        return logprob_c, entropy_c
 
     with jax.named_scope("token_logprobs"):
-        if chunk == t:
-            scores = score(params, x_btd, target_bt, next_temperature_bt)
+        if chunk == b * t:
+            scores = score(params, x_nd, target_n, temperature_n)
         else:
-            order_bt = jnp.argsort(~next_wanted_bt, axis=1, stable=True)
-
-            def in_chunks(x: jax.Array) -> jax.Array:
-                x = jnp.take_along_axis(x, order_bt.reshape(b, t, *(1,) * (x.ndim - 2)), axis=1)
-                return x.reshape(b, t // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+            order_n = jnp.argsort(~wanted_n, stable=True)
 
             # Checkpointed whole: what a cond saves for its gradient, the parameters too, would be kept for every chunk.
             @jax.checkpoint
-            def score_chunk(params, wanted_bc, *arguments):
-                zeros_bc = jnp.zeros(wanted_bc.shape)
-                return jax.lax.cond(jnp.any(wanted_bc), score, lambda *_: (zeros_bc, zeros_bc), params, *arguments)
+            def score_chunk(params, wanted_c, *arguments):
+                zeros_c = jnp.zeros(chunk)
+                return jax.lax.cond(jnp.any(wanted_c), score, lambda *_: (zeros_c, zeros_c), params, *arguments)
 
-            arrays = (next_wanted_bt, x_btd, target_bt, next_temperature_bt)
-            scores = jax.lax.map(lambda of_chunk: score_chunk(params, *of_chunk), tuple(in_chunks(x) for x in arrays))
-            place_bt = jnp.argsort(order_bt, axis=1)
-            scores = [jnp.take_along_axis(x.swapaxes(0, 1).reshape(b, t), place_bt, axis=1) for x in scores]
-        return tuple(jnp.where(wanted_bt, jnp.roll(x, 1, axis=1), 0.0) for x in scores)
+            arrays = [x[order_n].reshape(-1, chunk, *x.shape[1:]) for x in (wanted_n, x_nd, target_n, temperature_n)]
+            scores = jax.lax.map(lambda of_chunk: score_chunk(params, *of_chunk), arrays)
+            place_n = jnp.argsort(order_n)
+            scores = [x.reshape(b * t)[place_n] for x in scores]
+        return tuple(jnp.where(wanted_bt, jnp.roll(x.reshape(b, t), 1, axis=1), 0.0) for x in scores)
 
 
-def chunk_length(b: int, t: int, vocab_size: int) -> int:
-    """The largest T / 2**n that keeps a chunk's logits within bounds."""
-    chunk = t
-    while chunk % 2 == 0 and b * chunk * vocab_size > _CHUNK_LOGITS:
-        chunk //= 2
-    return chunk
+def chunk_length(num_tokens: int, vocab_size: int) -> int:
+    """The largest part of so many tokens that keeps a chunk's logits within bounds and leaves some chunks to skip."""
+    count = 1
+    while num_tokens // count > _CHUNK_LOGITS // vocab_size or (count < 4 and num_tokens // count > _SMALL_CHUNK):
+        count = next(n for n in range(count + 1, num_tokens + 1) if num_tokens % n == 0)
+    return num_tokens // count
 
 
 LOSS_MODES = ("clip", "gspo", "cispo")
