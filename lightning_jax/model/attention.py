@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend
 
-# Longer rows are computed this many queries at a time, so that scores are [B, H, 512, T] and never [B, H, T, T].
+# Longer rows are computed at most this many queries at a time, so that scores are [B, H, 512, T], never [B, H, T, T].
 QUERY_CHUNK = 512
+_QUERY_UNIT = 64  # and a multiple of so many
 
 
 def segment_attention(
@@ -59,9 +60,10 @@ def segment_attention(
 
         query = (q_btkgh, segment_bt, position_bt) + (() if prefix_bt is None else (prefix_bt,))
         b, t = segment_bt.shape
-        if t <= QUERY_CHUNK or t % QUERY_CHUNK:
+        if t <= QUERY_CHUNK or t % _QUERY_UNIT:
             return chunk(query), cache
-        chunked = jax.tree.map(lambda x: x.reshape(b, -1, QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1), query)
+        length = max(n for n in range(_QUERY_UNIT, QUERY_CHUNK + 1, _QUERY_UNIT) if t % n == 0)
+        chunked = jax.tree.map(lambda x: x.reshape(b, -1, length, *x.shape[2:]).swapaxes(0, 1), query)
         out = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), chunked)
         return out.swapaxes(0, 1).reshape(q_btkgh.shape), cache
 
@@ -84,6 +86,11 @@ def takes_prefixes(sliding_window: int | None) -> bool:
     the plain path.
     """
     return mesh_lib.platform() == "cpu" or (mesh_lib.platform() == "gpu" and sliding_window is None)
+
+
+def length_unit() -> int:
+    """Rows a multiple of this long are computed as fast as those of a power of two."""
+    return _SPLASH_BLOCK if mesh_lib.platform() == "tpu" else _QUERY_UNIT
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Rows of all lengths to blocks of one length, several rows side by side in a block.
 
-Shapes are a function of the rows alone, and take few values: a block is a power of two long, and the number of blocks
-in a micro-batch is a power of two or one and a half times one. So a run compiles a handful of programs, and a run that
-was killed and resumed computes with the same shapes, hence to the same bits, as one that was not.
+Shapes are a function of the rows alone, and take few values: a block is a power of two long, or between two of them
+where that saves much, and the number of blocks in a micro-batch is a power of two or one and a half times one. So a run
+compiles a handful of programs, and a run that was killed and resumed computes with the same shapes, hence to the same
+bits, as one that was not.
 
 Rows of one prompt, a GRPO group's, share it: a block holds [prefix | rest of row 1 | rest of row 2 | ...], and every
 rest sees the prefix and itself. The prompt's last token is not in the prefix but begins each rest: the hidden state
@@ -44,6 +45,18 @@ class Batch:
 def block_length(longest: int, *, minimum: int = 256) -> int:
     """Tokens of a block: the power of two that holds the longest row and `minimum`, in which short rows pack well."""
     return 1 << (max(longest, minimum, 1) - 1).bit_length()
+
+
+def block_lengths(longest: int, *, minimum: int = 256, unit: int = 64) -> list[int]:
+    """Lengths that blocks may have, the power of two first: it and quarters between its half and its double.
+
+    Args:
+        longest: tokens of the longest row, which each of them holds, and `minimum`.
+        unit: of which those between powers must be multiples, for attention's sake.
+    """
+    power = block_length(longest, minimum=minimum)
+    between = [power * eighths // 8 for eighths in (5, 6, 7, 10, 12, 14)]
+    return [power, *(n for n in between if n >= max(longest, minimum) and n % unit == 0)]
 
 
 # The arrays of a `Row` that a batch has where its rows have them.

@@ -18,7 +18,7 @@ import optax
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention, llama, lora
-from lightning_jax.rl import losses
+from lightning_jax.rl import losses, packing
 from lightning_jax.rl.packing import Batch
 
 SUMS = ("loss", "kl", "entropy", "clipped_low", "clipped_high", "ratio", "logprob_diff", "on_policy")
@@ -93,8 +93,9 @@ class LearnerSettings:
     value_clip: float | None = None
 
     def most_blocks(self, length: int) -> int:
-        """The most blocks of `length` tokens that a micro-batch has."""
-        return -(-self.batch_size // self.gradient_accumulation) * max(self.max_seq_len, length) // length
+        """The most blocks of `length` tokens that a micro-batch has: as many tokens as with the longest rows."""
+        longest = packing.block_length(self.max_seq_len, minimum=self.min_block_length)
+        return max(1, -(-self.batch_size // self.gradient_accumulation) * longest // length)
 
 
 @flax.struct.dataclass

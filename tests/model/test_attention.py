@@ -27,7 +27,9 @@ def alone(q, k, v, window):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("lengths, padding", [((5, 1, 9), 3), ((20,), 0), ((300, 700), 24), ((1024,), 512)])
+@pytest.mark.parametrize(
+    "lengths, padding", [((5, 1, 9), 3), ((20,), 0), ((300, 700), 24), ((600,), 40), ((1024,), 512)]
+)
 def test_packed_sequences_do_not_see_each_other(lengths, padding, window):
     total = sum(lengths) + padding
     q, k, v = qkv(total)

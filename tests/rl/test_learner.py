@@ -11,6 +11,7 @@ import pytest
 from lightning_jax.model import export, weights
 from lightning_jax.rl import packing, update
 from lightning_jax.rl.learner import Learner, LearnerSettings
+from lightning_jax.rl.trajectory import Row
 
 SETTINGS = LearnerSettings(
     learning_rate=1e-3, kl_coef=0.1, entropy_coef=0.02, batch_size=12, max_seq_len=32, min_block_length=32
@@ -341,3 +342,23 @@ def test_others_may_use_the_device_after_each_micro_batch(config, params, rows, 
 def _updated(learner, rows, advantages):
     learner.update(rows, advantages)
     return learner.state
+
+
+def test_blocks_are_as_long_as_suits_the_rows(config, params):
+    """Eight rows of 300 tokens: one fits a block of 512, and of 320 as well; the update is that of other blocks."""
+    rng = np.random.default_rng(5)
+    token_nt, logprob_nt = rng.integers(config.vocab_size, size=(8, 300)), -rng.random((8, 300))
+    mask_t = np.arange(300) >= 200
+    rows = [
+        Row(token_t.astype(np.int32), mask_t, (mask_t * logprob_t).astype(np.float32), np.ones(300, np.float32), i)
+        for i, (token_t, logprob_t) in enumerate(zip(token_nt, logprob_nt, strict=True))
+    ]
+    advantages = rng.normal(size=8).astype(np.float32)
+    settings = dataclasses.replace(SETTINGS, batch_size=8, max_seq_len=300, min_block_length=256)
+    learner = Learner(config, params, settings)
+    ((batch,),) = learner._divide(rows, advantages)
+    assert batch.token_bt.shape == (8, 320)
+    actual = learner.update(rows, advantages)
+    expected = Learner(config, params, dataclasses.replace(settings, min_block_length=1024)).update(rows, advantages)
+    assert actual.pop("train/padding_fraction") < expected.pop("train/padding_fraction")
+    assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)

@@ -72,6 +72,13 @@ def test_block_lengths_are_powers_of_two():
     assert [packing.block_length(n, minimum=64) for n in (1, 64, 65, 128, 129, 4096)] == [64, 64, 128, 128, 256, 4096]
 
 
+def test_block_lengths_between_powers_hold_the_longest_row():
+    assert packing.block_lengths(100, minimum=256) == [256, 320, 384, 448]
+    assert packing.block_lengths(700, minimum=256) == [1024, 768, 896, 1280, 1536, 1792]
+    assert packing.block_lengths(700, minimum=256, unit=512) == [1024, 1536]
+    assert packing.block_lengths(20, minimum=32) == [32]
+
+
 def test_micro_batch_sizes_are_few_and_hold_their_share():
     sizes = {n: packing.micro_batch_size(n, 1, limit=10**6) for n in range(1, 1025)}
     assert set(sizes.values()) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024}
