@@ -237,7 +237,7 @@ def _our_steps(args: argparse.Namespace, folder: pathlib.Path, steps: int) -> di
             "max_seq_len": length,
             "batch_size": rollouts,
             "gradient_accumulation": 4,  # half the memory
-            "remat": "none",
+            "remat": "dots",
             "total_steps": steps,
             "checkpoint_interval": 0,
         },

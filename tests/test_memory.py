@@ -1,8 +1,12 @@
 """The memory estimate against what arrays and compiled programs really take, and what it advises."""
 
+import ctypes
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +299,34 @@ def test_the_plan_tells_what_is_offloaded(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     lines = plan(LLAMA_3B, 80, runtime__offload="optimizer", **ON_80_GB).table()
     assert any(line.startswith("of that, on the host between uses") and line.endswith("25.7 GB") for line in lines)
+
+
+FREED = """
+import ctypes, resource, sys
+from lightning_jax import main
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+if sys.argv[1] == "kept":
+    main.keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(libc.malloc(1 << 28))
+    libc.memset(block, 1, 1 << 28)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_large_blocks_that_are_freed_are_used_again():
+    """The pages that the system makes for a block of 256 MB, when one of that size was there and was freed before."""
+
+    def faults(how, **environment):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        command = [sys.executable, "-c", FREED, how]
+        done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("kept") < 1000 < 50_000 < faults("as it is")
+    assert faults("kept", MALLOC_ARENA_MAX="4") > 50_000  # whoever has settings of their own keeps them
