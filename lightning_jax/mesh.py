@@ -191,8 +191,8 @@ def on_own_rows(function: Callable, weights: Any, *arrays: jax.Array) -> Any:
     summed over devices once, after it. `tensor` is left to the compiler. Where rows are not divided: `function` itself.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    divided = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
-    if not divided or len(arrays[0]) % math.prod(sizes[axis] for axis in divided):
+    divided = tuple(axis for axis in axes_of(len(arrays[0]), "batch") or () if sizes[axis] > 1)
+    if not divided:
         return function(weights, *arrays)
     in_specs = (PartitionSpec(), *(PartitionSpec(divided) for _ in arrays))
     of_rows = jax.shard_map(

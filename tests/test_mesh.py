@@ -169,8 +169,7 @@ def loss(w_dv, x_btd, chunks):
 with jax.set_mesh(devices):
     for chunks in (2, 6):
         program = jax.jit(jax.grad(loss), static_argnums=2).lower(w_dv, x_btd, chunks).compile()
-        costs = hlo_costs.of_program(program.as_text())
-        print(sum(t.bytes for kind, t in costs.collectives.items()))
+        print(hlo_costs.of_program(program.as_text()).collective_bytes)
 """
 
 

@@ -239,8 +239,9 @@ class Learner:
             computed = self.settings.optimizer_steps * -(-per_step // size) * size
             return computed * length * (1 + length * _attention_share(self.config))
 
-        best = min(lengths, key=work)
-        return best if work(best) < 0.95 * work(lengths[0]) else lengths[0]
+        work_of = {length: work(length) for length in lengths}
+        best = min(lengths, key=work_of.get)
+        return best if work_of[best] < 0.95 * work_of[lengths[0]] else lengths[0]
 
     def _step_blocks(self, num_blocks: int, length: int) -> tuple[int, int]:
         """Blocks of an optimizer step, and of each of its micro-batches."""

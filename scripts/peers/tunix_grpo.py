@@ -4,7 +4,8 @@
 
 What Tunix has as default and our side does not is set to ours where it would change what is learned: the mean over
 each sequence before that over sequences, and a divergence estimated as k1. It recomputes nothing in the backward pass,
-as our side. Its sampler is its own, in JAX; vLLM and SGLang-JAX, which it can use as well, are for accelerators.
+our side all but matrix products. Its sampler is its own, in JAX; vLLM and SGLang-JAX, which it can use as well, are for
+accelerators.
 """
 
 import importlib.metadata
