@@ -16,7 +16,7 @@ from lightning_jax.model import llama
 # Logits of one chunk, [chunk, V] float32: 256 MB. Smaller chunks add the [D, V] gradient up more often than the
 # matrix product takes; larger ones cost memory and gain nothing.
 _CHUNK_LOGITS = 1 << 26
-_SMALL_CHUNK = 256  # tokens, which are not divided to skip some of them
+_SMALL_CHUNK = 1024  # tokens, which are not divided to skip some of them
 
 # exp() of a larger difference of log-probs says nothing more and overflows float32 at 88.
 _MAX_LOG_RATIO = 20.0
@@ -34,8 +34,9 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each wanted token and entropy of the distribution it was drawn from, at the token's temperature.
 
-    Logits are made, reduced and forgotten a chunk of tokens at a time, in the backward pass too. Wanted tokens come
-    first, and chunks without any are left out: of prompts and padding there are no logits.
+    Logits are made, reduced and forgotten a chunk of tokens at a time, and made again in the backward pass; where one
+    chunk is all, they are kept for it. Wanted tokens come first, and chunks without any are left out: of prompts and
+    padding there are no logits.
 
     Args:
         params: whose unembedding is used.
@@ -67,7 +68,6 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
     x_nd = x_btd.reshape(b * t, -1)
 
     # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
-    @jax.checkpoint
     def score(params, x_cd, target_c, temperature_c):
         logprob_cv = jax.nn.log_softmax(llama.unembed(params, config, x_cd) / temperature_c[:, None])
         # A masked sum, not a gather: its gradient needs no scatter, and it works on a sharded vocabulary.
@@ -82,11 +82,13 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
         else:
             order_n = jnp.argsort(~wanted_n, stable=True)
 
-            # Checkpointed whole: what a cond saves for its gradient, the parameters too, would be kept for every chunk.
+            # Checkpointed whole, too: what a cond saves for its gradient, the parameters too, would be kept of all.
             @jax.checkpoint
             def score_chunk(params, wanted_c, *arguments):
                 zeros_c = jnp.zeros(chunk)
-                return jax.lax.cond(jnp.any(wanted_c), score, lambda *_: (zeros_c, zeros_c), params, *arguments)
+                return jax.lax.cond(
+                    jnp.any(wanted_c), jax.checkpoint(score), lambda *_: (zeros_c, zeros_c), params, *arguments
+                )
 
             arrays = [x[order_n].reshape(-1, chunk, *x.shape[1:]) for x in (wanted_n, x_nd, target_n, temperature_n)]
             scores = jax.lax.map(lambda of_chunk: score_chunk(params, *of_chunk), arrays)
