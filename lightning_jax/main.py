@@ -6,8 +6,6 @@ the last one ended.
 """
 
 import contextlib
-import ctypes
-import gc
 import json
 import os
 import pathlib
@@ -24,7 +22,7 @@ from agent_lightning import agent_source, cli, client, results
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from agent_lightning.pool import Pool
 from agent_lightning.progress import JobProgress
-from lightning_jax import command_line, config_models, memory, processes
+from lightning_jax import command_line, config_models, heap, memory, processes
 from lightning_jax import config as config_lib
 from lightning_jax.model import weights
 from lightning_jax.policy import Policies
@@ -38,7 +36,6 @@ JOB_IDS = {"train": "train", "evaluate": "evaluate"}
 _FREE_SETTINGS = ("agent.nworkers", "device", "mode", "runtime.epochs", "runtime.total_steps", "workdir")
 _FREE_SECTIONS = ("distributed.", "logging.", "server.")
 _FREE_OF_MODELS = (".tensor_parallel", ".fsdp")  # checkpoints go on on any mesh
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
 
 
 def main(argv: list[str]) -> None:
@@ -130,7 +127,7 @@ def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.device in ("auto", "cpu"):
-        keep_freed_memory()
+        heap.keep_freed_memory()
     needed = memory.fewest_devices(config)
     simulated = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if needed > 1 and jax.config.jax_num_cpu_devices < 0 and not simulated:
@@ -146,29 +143,6 @@ def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes
             "devices and packages there are",
         ) from error
     return team
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large blocks that are freed, where it would give them back to the system at once.
-
-    On CPU they are programs' work spaces, gigabytes in each micro-batch, whose pages the system makes and clears again
-    at their next use: a sixth of an update's time. To be called before JAX has threads, so that they allocate from the
-    same heap. Where the environment has settings for malloc, or the C library is another, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 1 << 26)):
-        mallopt(option, value)
-
-
-def freeze_heap() -> None:
-    """Keeps all that was loaded and compiled so far out of garbage collections, which stop every thread.
-
-    There are half a million objects of it: a full collection took a quarter of a second, every few seconds under load.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +252,8 @@ def _start_policies(
         for policy in policies.values():
             task = bar.add_task("compiling the sampler", total=None)
             policy.warmup(lambda done, total, task=task: bar.update(task, completed=done, total=total))
-    freeze_heap()
+    heap.freeze()
+    heap.give_back_freed_memory()
     config_lib.save_json(config, pathlib.Path(config.workdir) / "config.json")  # from here on it is this run's folder
     return policies
 

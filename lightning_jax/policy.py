@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import config_models, processes, utilization
+from lightning_jax import config_models, heap, processes, utilization
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora, weights
 from lightning_jax.rl import algorithms, checkpoint
@@ -426,6 +426,7 @@ class Policies(Mapping[str, Policy]):
                 policy.publish(self.restored["step"])
         if newest is not None:
             self.step = self.restored["step"]
+        heap.give_back_freed_memory()  # of the ways that the parameters took
 
     def _update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
         metrics = {name: policy.learn(rows.get(name, ()), return_n, group_n) for name, policy in self.items()}

@@ -303,12 +303,12 @@ def test_the_plan_tells_what_is_offloaded(monkeypatch):
 
 FREED = """
 import ctypes, resource, sys
-from lightning_jax import main
+from lightning_jax import heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 if sys.argv[1] == "kept":
-    main.keep_freed_memory()
+    heap.keep_freed_memory()
 for _ in range(2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = ctypes.c_void_p(libc.malloc(1 << 28))

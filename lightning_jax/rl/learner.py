@@ -59,9 +59,9 @@ class Learner:
         seed: int = 0,
         between: Callable[[], object] = lambda: None,
     ):
-        """Copies what learns of `params` twice: as float32 masters and, where there is a KL term, for the reference.
+        """Copies what learns of `params`: those are the float32 masters, which updates donate.
 
-        What does not learn is a part of both policies, and is not copied if it is where and as it should be.
+        The reference and what does not learn are not copied if they are where and as they should be.
 
         Args:
             config: the model's.
@@ -81,29 +81,31 @@ class Learner:
         # (those of a checkpoint are) and arrays that it may move have programs compiled for them separately.
         if mesh is None:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            self._trained_sharding = self._state_sharding = self._scalar_sharding = device
+            self._trained_sharding = self._state_sharding = self._scalar_sharding = frozen_sharding = device
         else:
+            frozen_sharding = lora.split(update.param_shardings(config, mesh), settings.trainable)[1]
             self._trained_sharding = update.trained_shardings(config, settings, mesh)
             self._state_sharding = update.state_shardings(config, settings, mesh)
             self._scalar_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         trained, frozen = lora.split(params, settings.trainable)
-        self.frozen = self._place_frozen(frozen) if frozen else None
+        self.frozen = self._in_compute_dtype(frozen, frozen_sharding) if frozen else None
         self._offloaded = offload.parts(settings)
         self._reference = None
         if settings.kl_coef and settings.trainable.lora_rank:
             self._reference = self.frozen  # the adapters switched off
         elif settings.kl_coef:
-            reference = self._place(trained, settings.compute_dtype)
+            reference = self._in_compute_dtype(trained, self._trained_sharding)
             if "reference" in self._offloaded:
                 reference = offload.to_host(reference)
             self._reference = lora.whole(reference, self.frozen, settings.trainable)
-        init_state = jax.jit(functools.partial(update.init_state, settings), out_shardings=self._state_sharding)
+        init_state = functools.partial(update.init_state, settings)
+        init_state = jax.jit(init_state, out_shardings=self._state_sharding, donate_argnums=0)
         if settings.trainable.lora_rank:
             specs = lora.trained_specs(config, settings.trainable)
             init = functools.partial(llama.init_specs, specs)
             self.state = init_state(jax.jit(init, out_shardings=self._trained_sharding)(jax.random.key(seed)))
         else:
-            self.state = init_state(self._place(trained, "float32"))
+            self.state = init_state(self._masters(trained))
         totals_sharding = update.Totals(self._trained_sharding, self._scalar_sharding, self._scalar_sharding)
         self._zero_totals = jax.jit(update.zero_totals, out_shardings=totals_sharding)
         if settings.critic:
@@ -275,6 +277,8 @@ class Learner:
                     **statics,
                 )
                 self._between()
+                if mesh_lib.platform() == "cpu":  # which would take the next one's work space beside this one's
+                    jax.block_until_ready(totals)
             beside, state = self.state.critic, self.state.replace(critic=None)
             if "optimizer" in self._offloaded:
                 state = state.replace(opt_state=offload.to_device(state.opt_state))
@@ -332,21 +336,18 @@ class Learner:
         spec = mesh_lib.partition_spec(self._mesh, batch.token_bt.shape, ("batch", None))
         return mesh_lib.put(batch, jax.sharding.NamedSharding(self._mesh, spec))
 
-    def _place(self, params: llama.Params, dtype: str) -> llama.Params:
-        """A copy of `params` in a dtype, on the device or spread over the mesh; a copy, since updates donate."""
+    def _masters(self, params: llama.Params) -> llama.Params:
+        """A float32 copy of `params`, on the device or spread over the mesh."""
 
-        def copy(x: Any) -> Any:
+        def copy(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
             # A NumPy leaf goes from the host to its shards, never through one device as a whole.
-            return np.array(x, jnp.dtype(dtype)) if isinstance(x, np.ndarray) else jnp.array(x, dtype)
+            copied = np.array(x, np.float32) if isinstance(x, np.ndarray) else jnp.array(x, jnp.float32)
+            return jax.device_put(copied, sharding)
 
-        return jax.device_put(jax.tree.map(copy, params), self._trained_sharding)
+        return jax.tree.map(copy, params, jax.tree.broadcast(self._trained_sharding, params))
 
-    def _place_frozen(self, params: llama.Params) -> llama.Params:
-        """What does not learn, in the compute dtype, on the device or spread over the mesh."""
-        sharding = self._scalar_sharding
-        if self._mesh is not None:
-            whole = update.param_shardings(self.config, self._mesh)
-            sharding = lora.split(whole, self.settings.trainable)[1]
+    def _in_compute_dtype(self, params: llama.Params, sharding: Any) -> llama.Params:
+        """What does not learn, on the device or spread over the mesh; not a copy where it is so already."""
         dtype = jnp.dtype(self.settings.compute_dtype)
         return jax.device_put(jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params), sharding)
 
