@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import heap
 from lightning_jax.model import llama, shapes
 from lightning_jax.rl import packing, trajectory
 from lightning_jax.rl.learner import Learner, LearnerSettings
@@ -31,6 +32,7 @@ from lightning_jax.rl.learner import Learner, LearnerSettings
 
 def main() -> None:
     args = _parse_args()
+    heap.keep_freed_memory()  # as the program does
     config, params = shapes.load_or_random(args.model)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     limit = matmul_flops_per_s(dtype)

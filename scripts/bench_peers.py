@@ -17,8 +17,8 @@ trl reasoning-gym httpx`, or `pip install google-tunix jax reasoning-gym httpx`)
 folder, which is made from `--model`, and compute in float32. The first measurement of each side is a warm-up and does
 not count; figures are medians of the others.
 
-Peak memory is the largest sum, seen five times a second, of what a side's processes hold in memory (from Linux's /proc;
-pages that several of our processes share count in each). `sgemm_flops_per_s` is a product of large matrices by NumPy
+Peak memory is the largest sum, seen twice a second, of what a side's processes hold in memory (from Linux's /proc; of
+pages that several processes share, each counts its part). `sgemm_flops_per_s` is a product of large matrices by NumPy
 before, between and after the sides: how fast the machine was meanwhile.
 """
 
@@ -325,7 +325,7 @@ def _server_url(process: subprocess.Popen, output: pathlib.Path) -> str:
 
 
 class PeakMemory:
-    """The largest sum of resident memory of a process and those below it, while the block runs."""
+    """The most memory that a process and those below it hold together, while the block runs."""
 
     def __init__(self, pid: int):
         self._pid, self._ended = pid, threading.Event()
@@ -341,18 +341,19 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.2):
+        while not self._ended.wait(0.5):
             self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._pid))
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process and all below it; 0 where there is none."""
+    """Of a process and all below it, shared pages in parts; 0 where there is none."""
     try:
-        pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
         tasks = [task.read_text().split() for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(_resident_bytes(int(child)) for of in tasks for child in of)
+    own = sum(1024 * int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE))
+    return own + sum(_resident_bytes(int(child)) for of in tasks for child in of)
 
 
 def sgemm_flops_per_s(size: int = 2048) -> float:

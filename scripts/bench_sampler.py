@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import heap
 from lightning_jax.model import llama, shapes
 from lightning_jax.sampler.engine import Engine, Request, SamplingParams, noise_key
 
 
 def main() -> None:
     args = _parse_args()
+    heap.keep_freed_memory()  # as the program does
     config, params = shapes.load_or_random(args.model)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     bandwidth = copy_bytes_per_s()

@@ -35,8 +35,8 @@ def test_decoding_beside_transformers():
 
 
 def test_peak_memory_counts_children(script):
-    """A child that fills 400 MB beside its parent's own 100 MB, and frees them before it ends."""
-    child = "import time; x = b'x' * 400_000_000; time.sleep(1.5); del x; time.sleep(0.5)"
+    """A child that fills 400 MB beside its parent's own 100 MB, shares them with its own, and frees them at the end."""
+    child = "import os, time; x = b'x' * 400_000_000; os.fork(); time.sleep(2); del x; time.sleep(1)"
     parent = f"import subprocess, sys; y = b'y' * 100_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent]) as process, script["PeakMemory"](process.pid) as memory:
         assert process.wait() == 0
