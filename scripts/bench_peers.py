@@ -17,9 +17,10 @@ trl reasoning-gym httpx`, or `pip install google-tunix jax reasoning-gym httpx`)
 folder, which is made from `--model`, and compute in float32. The first measurement of each side is a warm-up and does
 not count; figures are medians of the others.
 
-Peak memory is the largest sum, seen twice a second, of what a side's processes hold in memory (from Linux's /proc; of
-pages that several processes share, each counts its part). `sgemm_flops_per_s` is a product of large matrices by NumPy
-before, between and after the sides: how fast the machine was meanwhile.
+Peak memory is the largest sum of what a side's processes hold in memory, from Linux's /proc: of the first one, seen
+five times a second, and of those that it started, once a second. Of pages that several of these share, each counts its
+part. `sgemm_flops_per_s` is a product of large matrices by NumPy before, between and after the sides: how fast the
+machine was meanwhile.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -341,19 +343,40 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.5):
-            self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._pid))
+        for count in itertools.count():
+            if self._ended.wait(0.2):
+                return
+            if count % 5 == 0:  # the system takes its time to tell shared pages, and stops the process for it
+                below = sum(_proportional_bytes(pid) for pid in _descendants(self._pid))
+            self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._pid) + below)
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process and all below it, shared pages in parts; 0 where there is none."""
+    """Of a process, those it shares with others included; 0 where there is none."""
     try:
-        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-        tasks = [task.read_text().split() for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+        pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return 0
-    own = sum(1024 * int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE))
-    return own + sum(_resident_bytes(int(child)) for of in tasks for child in of)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Of a process, shared pages in parts; 0 where there is none."""
+    try:
+        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(1024 * int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE))
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they did."""
+    try:
+        tasks = [task.read_text().split() for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    children = [int(child) for of in tasks for child in of]
+    return children + [below for child in children for below in _descendants(child)]
 
 
 def sgemm_flops_per_s(size: int = 2048) -> float:
