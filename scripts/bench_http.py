@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from lightning_jax import config as config_lib
+from lightning_jax import heap, server
 from lightning_jax import main as program
-from lightning_jax import server
 from lightning_jax.policy import Policies, Policy
 from lightning_jax.sampler.request import SamplingParams, noise_key
 from lightning_jax.store import RolloutEntry, Store
@@ -40,7 +40,7 @@ def main() -> None:
         policies = stack.enter_context(contextlib.closing(Policies(config)))
         store = stack.enter_context(contextlib.closing(Store(f"{config.workdir}/store.sqlite3")))
         policies.first.warmup()
-        program.freeze_heap()
+        heap.freeze()
         app = server.create_app(config=config, policies=policies, store=store)
         running = server.RunningServer(app, server.bind("127.0.0.1", 0))
         stack.callback(running.stop)

@@ -330,3 +330,29 @@ def test_large_blocks_that_are_freed_are_used_again():
 
     assert faults("kept") < 1000 < 50_000 < faults("as it is")
     assert faults("kept", MALLOC_ARENA_MAX="4") > 50_000  # whoever has settings of their own keeps them
+
+
+HELD = """
+import ctypes, pathlib
+from lightning_jax import heap
+
+def size():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+heap.keep_freed_memory()
+before = size()
+libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(3 << 30))))
+kept = size() - before
+heap.give_back_freed_memory()
+print(kept, size() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept_beyond_two_gigabytes_until_it_is_given_back():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", HELD], env=environment, capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept >= 3 << 30 and left < 1 << 28
