@@ -158,13 +158,8 @@ class Learner:
         places = packing.place(rows, steps[0][0].token_bt.shape[1], share=self._shares_prefixes)
         per_step = -(-(1 + max(at.block for at in places)) // self.settings.optimizer_steps)
 
-        def scored_batch(batch: Batch) -> jax.Array:
-            result = score(self._put(batch))
-            self._between()
-            return result
-
         with mesh_lib.current(self._mesh):
-            scored = [[scored_batch(batch) for batch in step] for step in steps]
+            scored = [[self._dispatched(score(self._put(batch))) for batch in step] for step in steps]
         # A step's last micro-batch may be filled up behind the step's own blocks.
         score_bt = np.concatenate([np.concatenate(mesh_lib.to_host(parts))[:per_step] for parts in scored])
         return [score_bt[at.block, at.position_t] for at in places]
@@ -276,9 +271,7 @@ class Learner:
                     mesh=self._mesh,
                     **statics,
                 )
-                self._between()
-                if mesh_lib.platform() == "cpu":  # which would take the next one's work space beside this one's
-                    jax.block_until_ready(totals)
+                self._dispatched(totals)
             beside, state = self.state.critic, self.state.replace(critic=None)
             if "optimizer" in self._offloaded:
                 state = state.replace(opt_state=offload.to_device(state.opt_state))
@@ -312,11 +305,18 @@ class Learner:
                 totals = critic.accumulate(
                     totals, state.params, self.state.params, self._put(batch), num_tokens, self.frozen, **statics
                 )
-                self._between()
+                self._dispatched(totals)
             state, step_metrics = critic.apply(state, totals, num_tokens, **statics)
             metrics.append(step_metrics)
         self.state = self.state.replace(critic=state.replace(updates=updates))
         return metrics
+
+    def _dispatched(self, result: Any) -> Any:
+        """`result`, of a micro-batch that has just been dispatched: others may use the device now."""
+        self._between()
+        if mesh_lib.platform() == "cpu":  # which would take the next one's work space beside this one's
+            jax.block_until_ready(result)
+        return result
 
     def _num_tokens(self, batches: list[Batch]) -> jax.Array:
         """Loss tokens of an optimizer step."""
