@@ -347,36 +347,29 @@ class PeakMemory:
             if self._ended.wait(0.2):
                 return
             if count % 5 == 0:  # the system takes its time to tell shared pages, and stops the process for it
-                below = sum(_proportional_bytes(pid) for pid in _descendants(self._pid))
-            self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._pid) + below)
+                below = sum(_held_bytes(pid, "smaps_rollup", "Pss") for pid in _descendants(self._pid))
+            self.peak_bytes = max(self.peak_bytes, _held_bytes(self._pid, "status", "VmRSS") + below)
 
 
-def _resident_bytes(pid: int) -> int:
-    """Of a process, those it shares with others included; 0 where there is none."""
-    try:
-        pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _proportional_bytes(pid: int) -> int:
-    """Of a process, shared pages in parts; 0 where there is none."""
-    try:
-        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(1024 * int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE))
+def _held_bytes(pid: int, file: str, field: str) -> int:
+    """What a file of /proc/PID says of a process's memory; 0 where there is none."""
+    found = re.findall(rf"^{field}:\s+(\d+) kB", _read_proc(f"{pid}/{file}"), re.MULTILINE)
+    return sum(1024 * int(kilobytes) for kilobytes in found)
 
 
 def _descendants(pid: int) -> list[int]:
     """The processes that a process started, and those that they did."""
-    try:
-        tasks = [task.read_text().split() for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    children = [int(child) for of in tasks for child in of]
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*")
+    children = [int(child) for task in tasks for child in _read_proc(f"{pid}/task/{task.name}/children").split()]
     return children + [below for child in children for below in _descendants(child)]
+
+
+def _read_proc(path: str) -> str:
+    """A file of /proc; empty where its process has ended meanwhile."""
+    try:
+        return pathlib.Path("/proc", path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def sgemm_flops_per_s(size: int = 2048) -> float:

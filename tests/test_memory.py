@@ -301,6 +301,16 @@ def test_the_plan_tells_what_is_offloaded(monkeypatch):
     assert any(line.startswith("of that, on the host between uses") and line.endswith("25.7 GB") for line in lines)
 
 
+needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+
+
+def output_of(script, *arguments, **environment):
+    """Of a Python process that has no other settings for malloc than these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout
+
+
 FREED = """
 import ctypes, resource, sys
 from lightning_jax import heap
@@ -318,15 +328,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@needs_glibc
 def test_large_blocks_that_are_freed_are_used_again():
     """The pages that the system makes for a block of 256 MB, when one of that size was there and was freed before."""
 
     def faults(how, **environment):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-        command = [sys.executable, "-c", FREED, how]
-        done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
-        return int(done.stdout)
+        return int(output_of(FREED, how, **environment))
 
     assert faults("kept") < 1000 < 50_000 < faults("as it is")
     assert faults("kept", MALLOC_ARENA_MAX="4") > 50_000  # whoever has settings of their own keeps them
@@ -350,9 +357,7 @@ print(kept, size() - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@needs_glibc
 def test_freed_memory_is_kept_beyond_two_gigabytes_until_it_is_given_back():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run([sys.executable, "-c", HELD], env=environment, capture_output=True, text=True, check=True)
-    kept, left = map(int, done.stdout.split())
+    kept, left = map(int, output_of(HELD).split())
     assert kept >= 3 << 30 and left < 1 << 28

@@ -82,7 +82,7 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
         else:
             order_n = jnp.argsort(~wanted_n, stable=True)
 
-            # Checkpointed whole, too: what a cond saves for its gradient, the parameters too, would be kept of all.
+            # Checkpointed whole as well: what a cond saves, the parameters too, would be kept for every chunk.
             @jax.checkpoint
             def score_chunk(params, wanted_c, *arguments):
                 zeros_c = jnp.zeros(chunk)
