@@ -130,6 +130,10 @@ class Policy:
         self._device.wake()
         return future
 
+    def check_room(self, count: int) -> None:
+        """Raises QueueFull where so many more samples, which belong together, would be too many."""
+        self._engine.check_room(count)
+
     def cancel(self, request_id: str) -> None:
         """Ends a request early; its future gets what was sampled, with finish reason "cancelled"."""
         self._engine.cancel(request_id)

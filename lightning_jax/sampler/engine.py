@@ -139,13 +139,18 @@ class Engine:
         """
         sequence = self._sequence(request)
         with self._lock:
-            waiting = len(self._inbox) + self._scheduler.num_waiting
-            if waiting >= self.max_queue:
-                raise QueueFull(f"{waiting} requests are waiting, and no more than {self.max_queue} may")
+            self.check_room()
             if request.request_id in self._in_flight:
                 raise ValueError(f"a request with the id {request.request_id!r} is in flight")
             self._in_flight[request.request_id] = sequence
             self._inbox.append(sequence)
+
+    def check_room(self, count: int = 1) -> None:
+        """Raises QueueFull where so many more requests, which belong together, would be too many."""
+        waiting = len(self._inbox) + self._scheduler.num_waiting
+        if waiting + count > self.max_queue:
+            more = f", {count} more came together" if count > 1 else ""
+            raise QueueFull(f"{waiting} requests are waiting{more}, and no more than {self.max_queue} may")
 
     def cancel(self, request_id: str) -> None:
         """Ends a request in the next round, with what it has sampled; one that is not in flight is left alone."""

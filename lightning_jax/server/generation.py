@@ -125,6 +125,7 @@ class Generation:
             raise
 
     def _submit(self) -> None:
+        self._policy.check_room(self._request.n)  # all or none: a refused request keeps nobody else waiting
         stop, watch_top = self._request.stop, self._request.stream and self._request.top_logprobs
         fairness_key = str(self._attempt.rollout_id) if self._attempt else "root"
         for i, parameters in enumerate(self._prepared.sampling):

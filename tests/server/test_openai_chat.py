@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import openai
 import pytest
@@ -172,6 +173,19 @@ async def test_a_full_queue_is_a_429_with_retry_after(serving):
     assert refused and served and len(refused) + len(served) == 160
     assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
     assert all(reply.usage.completion_tokens == 50 for reply in served)
+
+
+def test_a_refused_request_leaves_the_queue_as_it_was(client, serving):
+    """Its samples wait all or none: those before the one too many once kept others out until the next round."""
+    stepped = threading.Event()
+    serving.policies._device.run(stepped.wait)
+    try:
+        with pytest.raises(openai.RateLimitError, match="61 more came together, and no more than 60"):
+            create(client, n=61)
+        assert serving.policy._engine.stats()["queue_length"] == 0
+    finally:
+        stepped.set()
+    assert len(create(client, n=60).choices) == 60
 
 
 def test_every_prefix(serving):
