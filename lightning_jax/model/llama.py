@@ -12,6 +12,7 @@ sampler.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,8 @@ __all__ = [
 Params = dict[str, Any]
 # (q_btkgh, k_btkh, v_btkh, cache of this layer) -> (out_btkgh, the cache's successor)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+_PART_INPUTS, _FEW_ROWS = 512, 64  # see `_turned_product`
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -120,18 +123,26 @@ def unstack_layers(params: Params) -> Params:
 
 
 def turn_matrices(params: Params) -> Params:
-    """Unstacked parameters with every matrix stored the other way round, outputs first: `gate_fd` for `gate_df`.
+    """Unstacked parameters with every matrix stored the other way round, outputs first, and in parts of its inputs.
 
-    `forward` and `unembed` take either. There must be no adapters.
+    `gate_fd` for `gate_df` is a list of [F, 512] and what is left, as is `embed_vd`. `forward` and `unembed` take
+    either form. There must be no adapters.
     """
 
+    def parts(w_oi: jax.Array) -> list[jax.Array]:
+        return [w_oi[..., first : first + _PART_INPUTS] for first in range(0, w_oi.shape[-1], _PART_INPUTS)]
+
     def turned(leaves: Params) -> Params:
-        others = {n: leaf for n, leaf in leaves.items() if n == "embed_vd" or "norm" in n or "bias" in n}
-        matrices = {n: (leaf, range(_num_inputs(n))) for n, leaf in leaves.items() if n not in others}
-        return others | {
-            _turned(n): jnp.moveaxis(leaf, inputs, [i - len(inputs) for i in inputs])
-            for n, (leaf, inputs) in matrices.items()
-        }
+        new = {}
+        for name, leaf in leaves.items():
+            if name == "embed_vd":
+                new[name] = parts(leaf)
+            elif "norm" in name or "bias" in name:
+                new[name] = leaf
+            else:
+                w_io = leaf.reshape(-1, *leaf.shape[_num_inputs(name) :])
+                new[_turned(name)] = parts(jnp.moveaxis(w_io, 0, -1))
+        return new
 
     top = {name: leaf for name, leaf in params.items() if name != "layers"}
     return turned(top) | {"layers": [turned(layer) for layer in params["layers"]]}
@@ -182,8 +193,9 @@ def forward(
     with jax.named_scope("embed"):
         embed_vd = params["embed_vd"]
         if cache is None:  # the batch is divided, and weights are gathered; few rows go to the weights instead
-            embed_vd = mesh.constrain(embed_vd, "vocab", None)  # looked up in parts of columns it would be moved twice
-        x_btd = embed_vd[token_bt]
+            # Looked up in shards of columns it would be moved twice.
+            embed_vd = jax.tree.map(lambda part_vd: mesh.constrain(part_vd, "vocab", None), embed_vd)
+        x_btd = jnp.concatenate([part_vd[token_bt] for part_vd in jax.tree.leaves(embed_vd)], axis=-1)
         if cache is None:
             x_btd = mesh.constrain(x_btd, "batch", None, None)
     if isinstance(layers, dict):
@@ -203,10 +215,11 @@ def forward(
 def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
     """Logits in float32, [..., V], of hidden states [..., D]; the product itself is in the dtype of `x`."""
     with jax.named_scope("unembed"):
+        turned = params.get("embed_vd" if config.tie_embeddings else "unembed_vd")
+        if isinstance(turned, list):
+            return _turned_product(x, turned)
         if config.tie_embeddings:
-            return jnp.einsum("...d,vd->...v", x, params["embed_vd"], preferred_element_type=jnp.float32)
-        if "unembed_vd" in params:
-            return jnp.einsum("...d,vd->...v", x, params["unembed_vd"], preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", x, turned, preferred_element_type=jnp.float32)
         return jnp.einsum("...d,dv->...v", x, params["unembed_dv"], preferred_element_type=jnp.float32)
 
 
@@ -250,10 +263,7 @@ def _block(
 def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
     """x W, and (x A) B more where the matrix has an adapter (see `lora.py`); `axes` are those of x W."""
     if (turned := _turned(name)) in layer:
-        w, cut = layer[turned], -_num_inputs(name)
-        # As a product of two matrices: XLA's CPU compiler would turn those of more axes back at every call.
-        product = jnp.einsum("bti,oi->bto", x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:cut]), -1))
-        return product.reshape(*x.shape[:2], *w.shape[:cut])
+        return _turned_product(x.reshape(*x.shape[:2], -1), layer[turned]).astype(x.dtype)
     w, cut = layer[name], _num_inputs(name)
     if len(x) == 1:
         product = jnp.einsum(axes, x, w)
@@ -266,6 +276,28 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
     x_axes, out_axes = axes.split(",")[0], axes.split("->")[1]
     low_rank = jnp.einsum(f"{x_axes},{a.rpartition('_')[2]}->btr", x, layer[a])
     return product + jnp.einsum(f"btr,{b.rpartition('_')[2]}->{out_axes}", low_rank, layer[b])
+
+
+def _turned_product(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
+    """x W in float32, [..., O], of x [..., I] and what `turn_matrices` makes of W.
+
+    For XLA's CPU library, which packs the second operand at each call: of few rows and a matrix, that is to be the
+    rows. And it sums more than 512 inputs in parts, whose length depends on the number of rows where there are fewer
+    than 64. In parts of its own a row has the same sums, to the last bit, beside any number of others.
+    """
+    x_ni = x.reshape(-1, x.shape[-1])
+    few = len(x_ni) <= _FEW_ROWS
+    products = []
+    for i, w in enumerate(parts):
+        w_oi = w.reshape(-1, w.shape[-1])
+        part_ni = x_ni[:, i * _PART_INPUTS :][:, : w.shape[-1]]
+        axes = "oi,ni->on" if few else "ni,oi->no"
+        operands = (w_oi, part_ni) if few else (part_ni, w_oi)
+        products.append(jnp.einsum(axes, *operands, preferred_element_type=jnp.float32))
+    product = functools.reduce(jnp.add, products)
+    if few:
+        product = jax.lax.optimization_barrier(product).T  # without the barrier XLA may exchange the operands again
+    return product.reshape(*x.shape[:-1], *parts[0].shape[:-1])
 
 
 def adapter_names(name: str) -> tuple[str, str]:

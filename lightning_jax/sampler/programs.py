@@ -71,7 +71,7 @@ def jitted() -> Programs:
 
 @functools.cache
 def _jitted(platform: str) -> Programs:
-    options = _compiler_options(platform)
+    options = compiler_options(platform)
     return Programs(
         prepare_params=jax.jit(prepare_params, static_argnames="dtype"),
         prefill=jax.jit(
@@ -89,19 +89,23 @@ def _jitted(platform: str) -> Programs:
     )
 
 
-def _compiler_options(platform: str) -> dict[str, str] | None:
-    """On CPU: only matrix products go to the YNNPACK library, and each by itself.
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """On CPU: only matrix products go to the YNNPACK library, each by itself, and summed in one order.
 
     XLA gives it softmaxes as well, but only large ones, and its exp differs from XLA's own in the last bit; so a
     request's log-probs would depend on how many others run. Two products in one call, with what is between them, are
-    rounded in one way for fewer than 64 rows and in another for more.
+    rounded in one way for fewer than 64 rows and in another for more. And where results may depend on the processor,
+    the library adds up products of few rows in two or four sums.
     """
     if platform != "cpu":
         return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+        "xla_cpu_enable_platform_dependent_math": "False",
+    }
     try:
         jax.jit(lambda x: x + 1, compiler_options=options).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
-    except Exception:  # an XLA without that option
+    except Exception:  # an XLA without those options
         return None
     return options
 
@@ -109,8 +113,8 @@ def _compiler_options(platform: str) -> dict[str, str] | None:
 def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
     """Master weights to what the other programs take: cast, unstacked, and sharing no buffer with the master.
 
-    Adapters become a part of their matrices, in float32 and before the cast. On CPU matrices are turned: XLA sums a
-    product with them in one order for all numbers of rows from 2 on, otherwise only from 64 on.
+    Adapters become a part of their matrices, in float32 and before the cast. On CPU matrices are turned, see
+    `llama.turn_matrices`: so XLA multiplies few rows faster, and sums in one order for all numbers of rows from 2 on.
     """
     params = llama.unstack_layers(params)
     params |= {"layers": [lora.merged(layer) for layer in params["layers"]]}

@@ -112,6 +112,18 @@ def test_alone_is_as_in_company(small, prompts, expected):
         assert_same(run(engine, [request]), expected)
 
 
+@pytest.mark.parametrize("width", [64, 576, 1536])
+def test_a_product_has_the_same_bits_beside_any_number_of_rows(width):
+    config = dataclasses.replace(SMALL, hidden_size=width, tie_embeddings=True)
+    x_nd, embed_vd = (jax.random.normal(jax.random.key(i), (shape, width)) for i, shape in enumerate((300, 151)))
+    params = llama.turn_matrices({"embed_vd": embed_vd, "layers": []})
+    unembed = jax.jit(lambda x: llama.unembed(params, config, x), compiler_options=programs.compiler_options("cpu"))
+    expected = np.asarray(unembed(x_nd))
+    np.testing.assert_allclose(expected, x_nd @ embed_vd.T, atol=1e-3)
+    for rows in (2, 3, 16, 32, 33, 48, 56, 64, 65, 128):
+        np.testing.assert_array_equal(unembed(x_nd[:rows]), expected[:rows], err_msg=f"{rows} rows")
+
+
 @pytest.mark.parametrize("row_floor", [2, 64])
 def test_the_number_of_rows_changes_no_bit(small, prompts, expected, row_floor):
     assert_same(run(small.engine(row_floor=row_floor), mixed_requests(prompts)), expected)
