@@ -185,7 +185,7 @@ def test_two_models_learn_each_in_its_own_way(start, random_model, tool_model, t
             assert np.array_equal(weights[name][leaf], before[name][leaf]) == (leaf in fixed), (name, leaf)
     live = answer._learner.params
     jax.tree.map(np.testing.assert_array_equal, weights["answer"], jax.device_get(live))
-    sampled = two.policies.first._engine._executor._params["layers"][1]["v_khd"]
+    (sampled,) = two.policies.first._engine._executor._params["layers"][1]["v_khd"]
     sampled = np.moveaxis(sampled, -1, 0)
     np.testing.assert_allclose(weights["query"]["layers"]["v_dkh"][1], sampled, rtol=0, atol=1e-7)
     assert not np.array_equal(sampled, before["query"]["layers"]["v_dkh"][1])
