@@ -134,13 +134,12 @@ def compile_decode(config: llama.LlamaConfig, shapes: SamplerShapes, mesh: jax.s
     params = abstract_params(config, mesh, shapes.dtype)
     params |= {"layers": _unstacked(params["layers"], config.num_layers)}
     control = jax.ShapeDtypeStruct((shapes.rows, 2 + shapes.length // shapes.page_size), jnp.int32)
+    host = (_whole(control, mesh), _whole(jax.ShapeDtypeStruct((), jnp.int32), mesh))
     with jax.set_mesh(mesh):
         pages = abstract_pages(config, shapes, mesh)
         state = jax.eval_shape(lambda: programs.init_state(shapes.rows))
         decode = programs.jitted().decode
-        lowered = decode.lower(
-            params, pages, None, _whole(state, mesh), _whole(control, mesh), config=config, steps=shapes.steps
-        )
+        lowered = decode.lower(params, pages, None, _whole(state, mesh), *host, config=config, steps=shapes.steps)
         return {"decode": lowered.compile()}
 
 

@@ -124,6 +124,7 @@ class Engine:
         self._cancelled: collections.deque[str] = collections.deque()
         self._in_flight: dict[str, scheduler.Sequence] = {}  # every request between submit and on_done
         self._rounds: collections.deque[_Round] = collections.deque()  # dispatched, not read
+        self._most_steps = 1  # of the next round
         self._counts: collections.Counter[str] = collections.Counter()
 
     # Any thread -------------------------------------------------------------------------------------------------------
@@ -185,7 +186,10 @@ class Engine:
     # The device thread ------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One round: admit, prefill, decode, deliver what the previous one sampled. False if there is nothing to do."""
+        """One round: admit, prefill, decode, deliver what the previous one sampled. False if there is nothing to do.
+
+        After a pause rounds begin with one step and double: who comes first is seldom alone for long.
+        """
         worked = self._take_in()
         worked |= self._prefill()
         members = self._plan_decode()
@@ -195,6 +199,8 @@ class Engine:
         while len(self._rounds) > bool(members):
             self._read_round()
             worked = True
+        if not worked:
+            self._most_steps = 1
         return worked
 
     def publish(self, params: Params, version: int) -> None:
@@ -270,7 +276,8 @@ class Engine:
 
     def _decode(self, members: list[scheduler.Sequence]) -> None:
         waiting = [sequence for sequence in self._scheduler.running.values() if sequence.waits]
-        steps = self._round_steps(members, waiting)
+        steps = min(self._most_steps, self._round_steps(members, waiting))
+        self._most_steps = min(2 * self._most_steps, self.decode_steps)
         sampled, top, rows = self._executor.decode(members, waiting, steps)
         self._counts["decode_rounds"] += 1
         self._counts["decode_steps"] += steps

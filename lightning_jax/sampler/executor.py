@@ -141,7 +141,7 @@ class Executor:
         Args:
             members: who samples.
             waiting: who runs and cannot sample yet, so that their places in the workspace are kept.
-            steps: tokens to sample of each, at most; as many as there are in a round where nobody has a shape.
+            steps: tokens to sample of each, at most.
 
         Returns:
             What `programs.decode` sampled, the likeliest tokens if somebody wants to know, and each member's row.
@@ -162,15 +162,15 @@ class Executor:
         shaped = [(seat, m) for seat, m in zip(seats, members, strict=False) if m.shape is not None]
         round_shaping, wants_top = None, False
         if waiting or any(m.shape.in_force or not m.shape.placed for _, m in shaped):
-            round_shaping = self._shaping(shaped, rows, steps)
+            round_shaping = self._shaping(shaped, rows)
             wants_top = bool(round_shaping.rank)
-        sampled, top = self._run_decode(control, round_shaping)
+        sampled, top = self._run_decode(control, np.int32(steps), round_shaping)
         sampled.copy_to_host_async()
         if wants_top:
             top.copy_to_host_async()
         return sampled, top if wants_top else None, seats[: len(members)]
 
-    def _shaping(self, shaped: list[tuple[int, Sequence]], rows: int, steps: int) -> programs.Shaping:
+    def _shaping(self, shaped: list[tuple[int, Sequence]], rows: int) -> programs.Shaping:
         """What the device is told of the rows that have a shape, given as (row, sequence)."""
         vocab_size = self._config.vocab_size
         placed_b = np.zeros(rows, bool)
@@ -197,7 +197,6 @@ class Executor:
             elif shape.penalized:
                 shaped_steps = self._decode_steps
         return programs.Shaping(
-            steps=np.int32(steps),
             placed_b=placed_b,
             state_bs=state_bs,
             allowed_bw=allowed_bw,
@@ -217,7 +216,7 @@ class Executor:
             control = np.full((rows, 2 + width), -1, np.int32)
             control[:, 0] = self._padding_slot
             control[:, 2:] = 0
-            self._run_decode(control)
+            self._run_decode(control, np.int32(self._decode_steps))
             if progress is not None:
                 progress(done, total)
 
@@ -230,10 +229,10 @@ class Executor:
             )
 
     def _run_decode(
-        self, control: np.ndarray, round_shaping: programs.Shaping | None = None
+        self, control: np.ndarray, steps: np.int32, round_shaping: programs.Shaping | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         if self._tell is not None:
-            self._tell(Executor._run_decode, control, round_shaping)
+            self._tell(Executor._run_decode, control, steps, round_shaping)
         self._use_workspace(control.shape[0], control.shape[1] - 2)
         arrays = self._workspace.arrays
         with self._device():
@@ -243,6 +242,7 @@ class Executor:
                 arrays,
                 self._state,
                 control,
+                steps,
                 round_shaping,
                 config=self._config,
                 steps=self._decode_steps,

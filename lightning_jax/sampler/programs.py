@@ -37,7 +37,6 @@ class Shaping(NamedTuple):
     A row that the host must see a token of before it can say more takes one step: its state then has 1 at `REMAINING`.
     """
 
-    steps: jax.Array  # [] int32, the most steps that the round takes
     placed_b: jax.Array  # [B] bool, rows that go on from `state_bs` and not from their slot
     state_bs: jax.Array  # [B, STATE_WIDTH] int32
     allowed_bw: jax.Array  # [B, W] uint32, see `sampling.shape`
@@ -174,18 +173,20 @@ def decode(
     dense: list[kv_cache.Dense] | None,
     state: jax.Array,
     control: jax.Array,
+    last_step: jax.Array,
     shaping: Shaping | None = None,
     *,
     config: LlamaConfig,
     steps: int,
 ) -> tuple[list[kv_cache.Pages], list[kv_cache.Dense] | None, jax.Array, jax.Array, jax.Array | None]:
-    """Samples up to `steps` tokens for each row, or until every row has stopped.
+    """Samples `last_step` tokens for each row, or until every row has stopped.
 
     Args:
         params: as `prepare_params` makes them.
         pages, dense, state: donated. Without `dense` attention reads the pages.
         control: [B, 2 + P] int32, the row's slot, the rows to load into `dense` (see `kv_cache.load`), and the row's
             page table, which covers the positions of this round and has the length of `dense`.
+        last_step: [] int32, at most `steps`.
         shaping: None where every row samples from the model's own distribution; that is a program of its own.
 
     Returns:
@@ -195,10 +196,10 @@ def decode(
     """
     slot_b, load_b, page_table_bp = control[:, 0], control[:, 1], control[:, 2:]
     rows = state.at[slot_b].get(mode="promise_in_bounds")
-    num_top, top_btn, last_step = 0, None, steps
+    num_top, top_btn = 0, None
     if shaping is not None:
         rows = jnp.where(shaping.placed_b[:, None], shaping.state_bs, rows)
-        num_top, last_step = min(MAX_TOP_LOGPROBS, config.vocab_size), shaping.steps
+        num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
         top_btn = jnp.zeros((slot_b.shape[0], steps, 2 * num_top), jnp.int32)
     start_b = rows[:, POSITION]
     noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32))

@@ -248,6 +248,20 @@ def test_turns_of_two_callers_alternate(small, prompts):
     assert runner.order == ["a1", "b1", "a2", "a3"]
 
 
+def test_after_a_pause_rounds_begin_short(small, prompts):
+    """So that whoever comes a moment later does not wait for a whole round, and is done little later."""
+    engine = small.engine(decode_steps=8)
+    runner = Runner(engine)
+    sampling = SamplingParams(max_tokens=25, noise_key=noise_key("a"), ignore_eos=True)
+    for _ in range(2):
+        before = engine.stats()
+        runner.submit("a", prompts[0], sampling)
+        steps = []
+        while engine.step():
+            steps.append(engine.stats()["decode_steps"] - before["decode_steps"])
+        assert np.diff(steps, prepend=0).tolist() == [1, 2, 4, 8, 8, 8, 0], "24 steps: the prefill samples a token, too"
+
+
 def test_what_does_not_fit_is_refused(small, prompts):
     engine = small.engine(max_queue=2)
     runner = Runner(engine)
@@ -362,6 +376,7 @@ def test_no_program_copies_the_pages(small):
                 executor._workspace.arrays,
                 executor._state,
                 np.zeros((rows, 2 + width), np.int32),
+                np.int32(4),
                 config=SMALL,
                 steps=4,
             )
