@@ -43,6 +43,7 @@ class Policy:
         tokenizer: its tokenizer.
         trainable: what learns of it.
         max_seq_len: tokens of a conversation, prompt and replies together.
+        dtype: what it computes in.
         version: of the weights that the engine samples from; the number of updates behind them.
     """
 
@@ -64,7 +65,7 @@ class Policy:
             InvalidConfigError: the model cannot be read, or does not fit the settings.
         """
         self._settings = settings
-        self._dtype = compute_dtype(settings.model.dtype)
+        self.dtype = compute_dtype(settings.model.dtype)
         self.trainable = lora.Trainable.of(settings.model)
         self._mesh = None
         self.name = name
@@ -86,11 +87,6 @@ class Policy:
     @property
     def version(self) -> int:
         return self._engine.version
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """What it computes in."""
-        return self._dtype
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling (any thread)
@@ -163,7 +159,7 @@ class Policy:
         spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
         devices = 1 if self._mesh is None else self._mesh.size
         reference, adapters = self._settings.algorithm.kl_coef > 0, self.trainable.lora_rank > 0
-        share = utilization.DeviceShare(self.config, self._dtype.itemsize, devices, reference, adapters)
+        share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices, reference, adapters)
         return utilization.cache_metrics(spent) | share.metrics(spent, trained_tokens, sample_s, train_s)
 
     def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
@@ -212,7 +208,7 @@ class Policy:
 
     def _loaded_dtype(self, name: str) -> jnp.dtype:
         """Of a parameter in memory: float32 if it learns, or else what it is computed with."""
-        return self._dtype if self.trainable.is_frozen(name) else jnp.dtype("float32")
+        return self.dtype if self.trainable.is_frozen(name) else jnp.dtype("float32")
 
     def replay(self, dispatch: Callable[..., object], *args) -> None:
         """Makes a dispatch that process 0's engine told of."""
@@ -230,7 +226,7 @@ class Policy:
             decode_steps=s.decode_steps,
             prefill_chunk=s.prefill_chunk,
             max_queue=s.max_queue,
-            dtype=self._dtype,
+            dtype=self.dtype,
             eos_ids=self.tokenizer.eos_ids,
             mesh=self._mesh,
             tell=tell,
@@ -246,7 +242,7 @@ class Policy:
         return None if self._learner is None else self._learner.state
 
     def make_learner(self) -> None:
-        settings = learner_settings(self._settings, self._dtype)
+        settings = learner_settings(self._settings, self.dtype)
         options = {"mesh": self._mesh, "seed": self._settings.seed}
         if self._settings.runtime.max_staleness and jax.process_count() == 1:  # several keep to one order of programs
             options["between"] = self._device.rounds
@@ -281,7 +277,7 @@ class Policy:
         self._check_kind(path, item)
         # In the sampler's own dtype: there is no room to be counted on for a second set of master weights. Adapters are
         # small, and merged in float32.
-        dtype = jnp.float32 if self.trainable.lora_rank else self._dtype
+        dtype = jnp.float32 if self.trainable.lora_rank else self.dtype
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self._learner.abstract_state().params
         )
