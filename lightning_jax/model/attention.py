@@ -71,12 +71,20 @@ def segment_attention(
 
 
 def _masked_attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(h)) v where the mask is True; every query must see a key."""
-    score_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=jnp.float32)
-    score_bkgts *= q_btkgh.shape[-1] ** -0.5
+    """softmax(q k / sqrt(h)) v where the mask is True; every query must see a key.
+
+    As products of matrices, one for each key/value head, whose scores have the keys last: of other forms XLA's CPU
+    compiler makes products with the keys first, and turns the scores round before and after the softmax.
+    """
+    b, t, k, g, h = q_btkgh.shape
+    q_bkxh = jnp.moveaxis(q_btkgh, 1, 3).reshape(b, k, g * t, h)
+    k_bksh, v_bksh = jnp.moveaxis(k_bskh, 1, 2), jnp.moveaxis(v_bskh, 1, 2)
+    score_bkxs = jnp.einsum("bkxh,bksh->bkxs", q_bkxh, k_bksh, preferred_element_type=jnp.float32)
+    score_bkgts = score_bkxs.reshape(b, k, g, t, -1) * h**-0.5
     score_bkgts = jnp.where(mask_bts[:, None, None], score_bkgts, jnp.finfo(jnp.float32).min)
     weight_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weight_bkgts, v_bskh)
+    out_bkxh = jnp.einsum("bkxs,bksh->bkxh", weight_bkgts.reshape(score_bkxs.shape), v_bksh)
+    return jnp.moveaxis(out_bkxh.reshape(b, k, g, t, h), 3, 1)
 
 
 def takes_prefixes(sliding_window: int | None) -> bool:
