@@ -72,7 +72,8 @@ def update_bytes(
     # Inside one layer, or where logits are made of its output: the larger of the two.
     score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
-    layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + 3 * score_bytes
+    scores = (2.5 if platform == "cpu" else 3) * score_bytes
+    layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores
     # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
     matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 2
