@@ -25,7 +25,7 @@ from agent_lightning.progress import JobProgress
 from lightning_jax import command_line, config_models, heap, memory, processes
 from lightning_jax import config as config_lib
 from lightning_jax.model import weights
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server import app as server_app
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import ENDED_JOB, Store

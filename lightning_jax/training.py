@@ -33,7 +33,7 @@ import numpy as np
 from agent_lightning.exceptions import TrainingError
 from lightning_jax import data, metrics, outcomes, rows, utilization
 from lightning_jax.job_state import Clock, History, StopFlag, Stopped
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.rl import checkpoint
 from lightning_jax.store import CallRecord, RolloutEntry, RolloutRecord, Store
 

@@ -24,7 +24,8 @@ import numpy as np
 from lightning_jax import config as config_lib
 from lightning_jax import heap, server
 from lightning_jax import main as program
-from lightning_jax.policy import Policies, Policy
+from lightning_jax.policies import Policies
+from lightning_jax.policy import Policy
 from lightning_jax.sampler.request import SamplingParams, noise_key
 from lightning_jax.store import RolloutEntry, Store
 from lightning_jax.text import chat

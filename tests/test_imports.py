@@ -36,6 +36,7 @@ FLOORS = {
     "lightning_jax.rl": 5,
     "lightning_jax.utilization": 5,
     "lightning_jax.policy": 6,
+    "lightning_jax.policies": 6.5,  # of policy's floor, but built on it
     "lightning_jax.rows": 6,
     "lightning_jax.aot": 6,  # the programs of sampler and rl, lowered from shapes
     "lightning_jax.temporaries": 6,

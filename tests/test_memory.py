@@ -16,7 +16,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 from lightning_jax import memory
 from lightning_jax.model import llama, lora, shapes
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.rl import critic, update
 from lightning_jax.rl.learner import Learner
 from lightning_jax.rl.packing import Batch, empty_blocks

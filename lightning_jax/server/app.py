@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from agent_lightning import cli
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server import (
     control,
     datasets,

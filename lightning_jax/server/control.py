@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax import training
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server import wire
 from lightning_jax.store import ENDED_JOB, DataError, Store, StoreError, UnknownError, is_idle
 

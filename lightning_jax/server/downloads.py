@@ -25,7 +25,8 @@ from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.model import export, llama, onnx_export
-from lightning_jax.policy import Policies, Policy
+from lightning_jax.policies import Policies
+from lightning_jax.policy import Policy
 from lightning_jax.server import wire
 from lightning_jax.store import UnknownError
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server.contract import ApiError
 from lightning_jax.server.generate import Generator
 from lightning_jax.store import Attempt, Store

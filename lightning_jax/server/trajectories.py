@@ -6,7 +6,7 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server import wire
 from lightning_jax.store import Store
 from lightning_jax.store.trajectories import Filter, trajectory

@@ -39,7 +39,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def policies(settings):
-    from lightning_jax.policy import Policies
+    from lightning_jax.policies import Policies
 
     policies = Policies(settings)
     yield policies
@@ -133,7 +133,7 @@ def served(tmp_path, settings, policies):
 @pytest.fixture(scope="session")
 def tool_policies(settings, tool_model, tmp_path_factory):  # noqa: F811
     """A model whose every reply is a call of the tool `add`; with its settings."""
-    from lightning_jax.policy import Policies
+    from lightning_jax.policies import Policies
 
     settings = settings.copy_and_resolve_references()
     with settings.unlocked():

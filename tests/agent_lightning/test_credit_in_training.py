@@ -11,7 +11,7 @@ from agent_lightning import Client
 @pytest.fixture(scope="module")
 def training(tmp_path_factory, settings):
     """A server that runs jobs, whose loss has no term but the advantages': (its URL, store and settings)."""
-    from lightning_jax.policy import Policies
+    from lightning_jax.policies import Policies
     from lightning_jax.server import RunningServer, bind, create_app
     from lightning_jax.server.control import JobRunner
     from lightning_jax.store import Store

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_jax import server
 from lightning_jax.model import weights
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.rl.trajectory import Row
 from lightning_jax.store import CallRecord, Store
 from tests.server.conftest import Running, settings

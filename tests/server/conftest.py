@@ -16,7 +16,8 @@ from lightning_jax import config as config_lib
 from lightning_jax import config_models, server
 from lightning_jax.model import attention, export, llama
 from lightning_jax.model.config import LlamaConfig
-from lightning_jax.policy import Policies, Policy
+from lightning_jax.policies import Policies
+from lightning_jax.policy import Policy
 from lightning_jax.sampler.request import SamplingParams, noise_key
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import RolloutEntry, Store

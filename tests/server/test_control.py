@@ -13,7 +13,7 @@ import pytest
 from agent_lightning.client import Client
 from agent_lightning.exceptions import DataUploadError, InvalidConfigError, ServerConnectionError, TrainingError
 from lightning_jax import server
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import Store
 

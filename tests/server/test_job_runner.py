@@ -12,7 +12,7 @@ import pytest
 from lightning_jax import server
 from lightning_jax.metric_names import METRICS
 from lightning_jax.metrics import read_metrics
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import CallRecord, Store, StoreError
 

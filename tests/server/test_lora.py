@@ -10,7 +10,7 @@ import safetensors.numpy
 from agent_lightning import Client
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax.model import lora
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.rl import checkpoint, trajectory
 from lightning_jax.sampler.request import SamplingParams, noise_key
 

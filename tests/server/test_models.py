@@ -13,7 +13,7 @@ from agent_lightning.pool import Pool
 from lightning_jax import rows, server
 from lightning_jax.metrics import read_metrics
 from lightning_jax.model import weights
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.rl import checkpoint
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import Store

@@ -12,7 +12,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import data
 from lightning_jax.config import merge
 from lightning_jax.metrics import read_metrics
-from lightning_jax.policy import Policies
+from lightning_jax.policies import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import ENDED_JOB, Store
 from lightning_jax.store.trajectories import Filter
