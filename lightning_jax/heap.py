@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
+_GROWTH_BYTES = 1 << 28
+_held_bytes = 0  # when freed memory had been given back last
 
 
 def keep_freed_memory() -> None:
@@ -25,9 +27,16 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Gives what is free by now back to the system, also between blocks in use: what is used again is made again."""
-    if trim := _of_glibc("malloc_trim"):
+    """Gives what is free by now back to the system, also between blocks in use: what is used again is made again.
+
+    Not where the process has hardly grown since the last time: of a small model there is little to give back, and
+    looking for it takes some 20 ms.
+    """
+    global _held_bytes
+    trim = _of_glibc("malloc_trim")
+    if trim and resident_bytes() > _held_bytes + _GROWTH_BYTES:
         trim(0)
+        _held_bytes = resident_bytes()
 
 
 def freeze() -> None:
@@ -38,6 +47,12 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory, by Linux's /proc."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_glibc(name: str) -> Callable | None:

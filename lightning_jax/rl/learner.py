@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import heap
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention, llama, lora
 from lightning_jax.rl import critic, gae, losses, offload, packing, update
@@ -316,6 +317,8 @@ class Learner:
         self._between()
         if mesh_lib.platform() == "cpu":  # which would take the next one's work space beside this one's
             jax.block_until_ready(result)
+            # The next one's may not fit where this one's was, for a small block there; then both would be held.
+            heap.give_back_freed_memory()
         return result
 
     def _num_tokens(self, batches: list[Batch]) -> jax.Array:
