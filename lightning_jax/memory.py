@@ -39,6 +39,7 @@ class Need:
         loaded: the weights that learn as read, float32, which are kept until training begins.
         frozen: the others, in the compute dtype.
         sampler: the sampler's copy of them.
+        resting: what of it is not there while the learner is made or learns, since nobody samples meanwhile.
         kv_cache: pages, and on CPU the dense copy that decoding works on.
         sampling: what a dispatch works with, about.
         masters, optimizer, reference, gradients: the learner's; the reference's weights that do not learn are `frozen`.
@@ -59,6 +60,7 @@ class Need:
     gradients: int
     critic: int
     update: int
+    resting: int = 0
     hosted_optimizer: int = 0
     hosted_reference: int = 0
 
@@ -76,16 +78,21 @@ class Need:
     @property
     def training(self) -> int:
         """To train, before the first token of an update is counted; the learner is made while `loaded` is there."""
-        return self._kept + self.hosted_optimizer + max(self.loaded, self.gradients)
+        return max(self.serving, self._learning + self.hosted_optimizer + max(self.loaded, self.gradients))
 
     @property
     def peak(self) -> int:
         """To train when every conversation is as long as it may be."""
-        return max(self.training, self._kept + self.gradients + self.update, self._kept + self.sampling)
+        return max(self.training, self._learning + self.gradients + self.update, self._kept + self.sampling)
+
+    @property
+    def _learning(self) -> int:
+        """While the learner works."""
+        return self._kept - self.resting
 
     @property
     def _kept(self) -> int:
-        """All the time, from the first update on."""
+        """All the time, from the first update on, but for what rests."""
         learner = self.masters + self.optimizer - self.hosted_optimizer + self.reference - self.hosted_reference
         return self.process + self.sampler + self.kv_cache + self.frozen + learner + self.critic
 
@@ -118,12 +125,13 @@ def estimate(
     masters = size(lora.trained_specs(model, learner.trainable), float32)
     reference = size(learned, dtype) if learner.kl_coef else 0
     kv_cache = temporaries.kv_bytes(model, settings.sampler, dtype, ways, platform)
+    sampler = size(llama.abstract_params(model), dtype)
     hosted = () if platform == "cpu" else offload.parts(learner)  # there it is the same memory
     return Need(
         process=_PROCESS_BYTES // num_devices if platform == "cpu" else 0,
         loaded=size(learned, float32),
         frozen=size(frozen, dtype),
-        sampler=size(llama.abstract_params(model), dtype),
+        sampler=sampler,
         kv_cache=kv_cache,
         sampling=temporaries.sampling_bytes(model, settings.sampler, dtype, ways),
         masters=masters,
@@ -132,6 +140,7 @@ def estimate(
         gradients=masters,
         critic=3 * size(critic.abstract_params(model, learner), float32) if learner.critic else 0,
         update=temporaries.update_bytes(model, learner, max_seq_len, sizes, platform),
+        resting=0 if settings.runtime.max_staleness else sampler,
         hosted_optimizer=2 * masters if "optimizer" in hosted else 0,
         hosted_reference=reference if "reference" in hosted else 0,
     )

@@ -151,19 +151,32 @@ class Policies(Mapping[str, Policy]):
 
     def _make_learners(self) -> None:
         newest = checkpoint.latest(self.checkpoint_dir)
-        for name, policy in self.items():
-            policy.make_learner()
-            if newest is not None:
-                self.restored = policy.restore(newest, self.checkpoint_item(name))
-                policy.publish(self.restored["step"])
-        if newest is not None:
-            self.step = self.restored["step"]
-        heap.give_back_freed_memory()  # of the ways that the parameters took
+        with self._resting():
+            for name, policy in self.items():
+                policy.make_learner()
+                if newest is not None:
+                    self.restored = policy.restore(newest, self.checkpoint_item(name))
+                    self.step = self.restored["step"]
+            heap.give_back_freed_memory()  # of the ways that the parameters took
+        self._publish()
 
     def _update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
-        metrics = {name: policy.learn(rows.get(name, ()), return_n, group_n) for name, policy in self.items()}
+        with self._resting():
+            metrics = {name: policy.learn(rows.get(name, ()), return_n, group_n) for name, policy in self.items()}
         self.step += 1
         return {name: metrics[name] | {"time/publish_s": policy.publish(self.step)} for name, policy in self.items()}
+
+    @contextlib.contextmanager
+    def _resting(self):
+        """Leaves the memory of the engines' weights to the block; whoever leaves it in order publishes."""
+        for policy in self.values():
+            policy.rest()
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # where a step failed that the learner's weights were donated to
+                self._publish()
+            raise
 
     def _publish(self) -> None:
         for policy in self.values():

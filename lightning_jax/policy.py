@@ -238,10 +238,15 @@ class Policy:
         """Weights and optimizer; None before `make_learner`. An update donates it: take a copy of what must last."""
         return None if self._learner is None else self._learner.state
 
+    @property
+    def _samples_while_learning(self) -> bool:
+        """Not in several processes, which keep to one order of programs."""
+        return self._settings.runtime.max_staleness > 0 and jax.process_count() == 1
+
     def make_learner(self) -> None:
         settings = learner_settings(self._settings, self.dtype)
         options = {"mesh": self._mesh, "seed": self._settings.seed}
-        if self._settings.runtime.max_staleness and jax.process_count() == 1:  # several keep to one order of programs
+        if self._samples_while_learning:
             options["between"] = self._device.rounds
         self._learner = learner_lib.Learner(self.config, self._initial, settings, **options)
         self._initial = None
@@ -258,15 +263,20 @@ class Policy:
         self._learner.restore(state)
         return extra
 
+    def rest(self) -> None:
+        """Leaves the memory of the engine's weights to the learner until `publish`, where nobody samples meanwhile."""
+        if not self._samples_while_learning:
+            self._engine.rest()
+
     def learn(self, rows: Sequence[Row], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:
-        """One update, see `algorithms.Step` and `Learner.update`; the engine goes on with the weights it has."""
+        """One update, see `algorithms.Step` and `Learner.update`."""
         step = algorithms.Step(rows, return_n, group_n, self._learner.score, self._learner.values)
         return self._learner.update(*algorithms.prepare(algorithms.settings_of(self._settings), step))
 
     def publish(self, version: int) -> float:
         """Gives the engine the learner's weights: the next request is sampled from them. Returns the seconds taken."""
         start = time.monotonic()
-        self._engine.publish(self._learner.params, version)
+        self._engine.publish(self._initial if self._learner is None else self._learner.params, version)
         return time.monotonic() - start
 
     def publish_checkpoint(self, path: pathlib.Path, item: str | None) -> None:

@@ -143,9 +143,11 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     hosted = {name: kept[name] for name in offload.parts(settings)} if kind != "cpu" else {}
     plan["hosted_bytes"] = hosted
     on_device = sum(kept.values()) - sum(hosted.values())
+    learning = on_device - kept["sampler's weights"]  # they are made again when the update is done
     plan["peak_bytes"] = max(
-        on_device + max(temporary.values()),
-        on_device + hosted.get("optimizer", 0) + temporary.get("apply", 0),  # the optimizer's step
+        on_device + temporary.get("decode", 0),
+        learning + max(size for name, size in temporary.items() if name != "decode"),
+        learning + hosted.get("optimizer", 0) + temporary.get("apply", 0),  # the optimizer's step
     )
     plan["fits"] = plan["peak_bytes"] <= chip.memory_bytes if chip else None
     return plan

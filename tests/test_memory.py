@@ -143,7 +143,7 @@ def test_a_compiled_plan_is_near_the_real_peak(changes):
     sizes = compiled.memory_analysis()
     real = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes - bytes_of(batch)
     real += sizes.output_size_in_bytes - sizes.alias_size_in_bytes + bytes_of(learner.state.opt_state)
-    others = need.process + need.sampler + need.kv_cache
+    others = need.process + need.kv_cache  # the sampler's weights are not there meanwhile
     assert need.peak - others == pytest.approx(real, rel=0.1)
 
 
@@ -287,7 +287,7 @@ def test_offloading_and_adapters_are_advised_where_they_help(on_machine, monkeyp
     on_machine(80)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     warning = plan(LLAMA_3B, 80, mode="train", agent__script="a", data__train_file="b", **ON_80_GB).check()
-    assert advised(warning)["runtime.offload"] == "optimizer"
+    assert advised(warning)["runtime.offload"] == "reference"
     on_machine(50)
     config = {"mode": "train", "agent__script": "a", "data__train_file": "b", "runtime__offload": "both"}
     with pytest.raises(InvalidConfigError) as caught:

@@ -212,6 +212,10 @@ class Engine:
         self._scheduler.flush()
         self.version = version
 
+    def rest(self) -> None:
+        """Frees the weights until `publish`, before which no round may run. Running requests keep their pages."""
+        self._executor.rest()
+
     def replay(self, dispatch: Callable[..., object], *args) -> None:
         """Makes a dispatch that another process's engine told of."""
         dispatch(self._executor, *args)

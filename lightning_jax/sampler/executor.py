@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import heap
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import LlamaConfig, Params
 from lightning_jax.sampler import kv_cache, programs, sampling, scoring, shaping
@@ -98,6 +99,13 @@ class Executor:
         self._params = {}  # the old copy goes first: there may be no room for two
         with self._device():
             self._params = self._programs.prepare_params(params, dtype=self._dtype)
+
+    def rest(self) -> None:
+        """Frees weights and workspaces; nothing can be dispatched before `publish`."""
+        self._params = {}
+        self._workspace = _Workspace()
+        self._idle.clear()
+        heap.give_back_freed_memory()
 
     def score(self, token_ids: list[int]) -> scoring.Scores:
         """Log-probs of a sequence under the weights in use."""

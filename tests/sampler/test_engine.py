@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -322,6 +323,22 @@ def test_the_engine_keeps_its_own_copy_of_the_weights(small, prompts):
     engine = dataclasses.replace(small, params=params).engine()
     jax.tree.map(lambda leaf: leaf.delete(), params)
     assert_same(run(engine, [("a", prompts[0], GREEDY)]), run(small.engine(), [("a", prompts[0], GREEDY)]))
+
+
+def test_who_runs_goes_on_after_a_rest(small, prompts):
+    engine = small.engine()
+    sampling = SamplingParams(max_tokens=60, noise_key=(5, 5), ignore_eos=True)
+    runner = Runner(engine)
+    runner.submit("across", prompts[2], sampling)
+    for _ in range(3):
+        engine.step()
+    weights = jax.tree.leaves(engine._executor._params)
+    held = [weakref.ref(leaf) for leaf in weights]
+    del weights
+    engine.rest()
+    assert not any(ref() for ref in held)
+    engine.publish(small.params, version=1)
+    assert_same(runner.finish(), run(small.engine(), [("across", prompts[2], sampling)]))
 
 
 @pytest.mark.parametrize("num_pages, kept", [(448, 3), (256, 1)])

@@ -66,3 +66,13 @@ def test_the_next_request_is_sampled_from_the_published_weights(start, plain_mod
         _, _, logprobs = agrees_with_the_learner()
         assert np.abs(np.array(logprobs) - logprobs_before).max() > 0.05
         logprobs_before = logprobs
+
+
+def test_after_an_update_that_fails_requests_are_answered_as_before(start, plain_model):
+    running = start(plain_model, **SMALL)
+    running.policies.prepare_training()
+    call = ask(running, temperature=0)
+    rows = build_rows([TokenCall(0, None, *call)], 0)
+    with pytest.raises(IndexError):
+        running.policies.update({running.policy.name: rows}, np.zeros(0), np.zeros(0, int))
+    assert ask(running, temperature=0) == call and running.policy.version == 0
