@@ -70,7 +70,7 @@ class Learner:
             settings: the update's.
             mesh: to shard over; None for one device.
             seed: of the adapters' initial values.
-            between: called after each micro-batch of an update, once it is dispatched: others may use the device.
+            between: called after each program of an update, once it is dispatched: others may use the device.
         """
         self.config = config
         self.settings = settings
@@ -279,7 +279,7 @@ class Learner:
             state, step_metrics = update.apply(state, totals, num_tokens, mesh=self._mesh, **statics)
             del totals  # before the next ones are made
             self.restore(state.replace(critic=beside))
-            metrics.append(step_metrics)
+            metrics.append(self._dispatched(step_metrics))
         return metrics
 
     def _with_reference(self, steps: list[list[Batch]]) -> list[list[Batch]]:
@@ -313,7 +313,7 @@ class Learner:
         return metrics
 
     def _dispatched(self, result: Any) -> Any:
-        """`result`, of a micro-batch that has just been dispatched: others may use the device now."""
+        """`result`, of a program that has just been dispatched: others may use the device now."""
         self._between()
         if mesh_lib.platform() == "cpu":  # which would take the next one's work space beside this one's
             jax.block_until_ready(result)

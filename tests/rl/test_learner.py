@@ -328,12 +328,12 @@ def test_no_rows_no_step(config, params):
     assert learner.state.step == 0
 
 
-def test_others_may_use_the_device_after_each_micro_batch(config, params, rows, advantages):
+def test_others_may_use_the_device_after_each_program(config, params, rows, advantages):
     settings = dataclasses.replace(SETTINGS, gradient_accumulation=2)
     turns = []
     learner = Learner(config, params, settings, between=lambda: turns.append(int(learner.state.step)))
     learner.update(rows, advantages)
-    assert turns == [0, 0], "twice before the optimizer step"
+    assert turns == [0, 0, 1], "after each micro-batch and after the optimizer's step"
     jax.tree.map(
         np.testing.assert_array_equal, learner.state, _updated(Learner(config, params, settings), rows, advantages)
     )
