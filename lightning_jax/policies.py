@@ -174,7 +174,7 @@ class Policies(Mapping[str, Policy]):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # where a step failed that the learner's weights were donated to
+            with contextlib.suppress(Exception):  # the learner's weights may have gone with what failed
                 self._publish()
             raise
 

@@ -332,9 +332,7 @@ def test_who_runs_goes_on_after_a_rest(small, prompts):
     runner.submit("across", prompts[2], sampling)
     for _ in range(3):
         engine.step()
-    weights = jax.tree.leaves(engine._executor._params)
-    held = [weakref.ref(leaf) for leaf in weights]
-    del weights
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(engine._executor._params)]
     engine.rest()
     assert not any(ref() for ref in held)
     engine.publish(small.params, version=1)

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax.model import export, llama, weights
+from lightning_jax.policies import Policies
 from lightning_jax.rl.trajectory import TokenCall, build_rows
 
-from .conftest import BUILTIN, full_logprobs
+from .conftest import BUILTIN, full_logprobs, settings
 
 BODY = {
     "messages": [{"role": "user", "content": "How many are two and two, and how many are three and three?"}],
@@ -76,3 +78,12 @@ def test_after_an_update_that_fails_requests_are_answered_as_before(start, plain
     with pytest.raises(IndexError):
         running.policies.update({running.policy.name: rows}, np.zeros(0), np.zeros(0, int))
     assert ask(running, temperature=0) == call and running.policy.version == 0
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(start, plain_model):
+    running = start(plain_model, **SMALL)
+    running.policies.prepare_training()
+    running.policies.save_checkpoint({})
+    config = settings(plain_model, running.config.workdir, **SMALL, **{"algorithm.name": "ppo"})
+    with pytest.raises(InvalidConfigError, match="holds no critic"):
+        Policies(config)
