@@ -4,11 +4,14 @@
 (cuDNN's), where they take the shapes, and everywhere else the plain path, which is also what they are tested against.
 """
 
+import functools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from lightning_jax import mesh as mesh_lib
@@ -17,6 +20,19 @@ from lightning_jax.model.llama import Attend
 # Longer rows are computed at most this many queries at a time, so that scores are [B, H, 512, T], never [B, H, T, T].
 QUERY_CHUNK = 512
 _QUERY_UNIT = 64  # and a multiple of so many
+_NEAR_QUERIES = 32  # that are computed with the same keys, where rows hold many short sequences
+
+
+class Reach(NamedTuple):
+    """How many tokens of its row a query sees at the most: other arrays' shapes, so it is static."""
+
+    own: int  # of its own sequence before it, a multiple of _NEAR_QUERIES
+    prefix: int  # of the prefix it shares
+
+    @property
+    def keys(self) -> int:
+        """That each query meets."""
+        return self.own + _NEAR_QUERIES + self.prefix
 
 
 def segment_attention(
@@ -24,6 +40,7 @@ def segment_attention(
     position_bt: jax.Array,
     sliding_window: int | None = None,
     prefix_bt: jax.Array | None = None,
+    reach: Reach | None = None,
 ) -> Attend:
     """Causal attention within segments, for whole rows (no cache).
 
@@ -33,6 +50,8 @@ def segment_attention(
         sliding_window: how many positions a query sees, itself included; None for all.
         prefix_bt: [B, T] int32, the segment before it in the row that each token sees beside its own, or its own: what
             several sequences begin with is there once. None where no sequences share anything.
+        reach: from `reach`, of rows in which sequences with the same prefix stand together; None to let every query
+            meet all of its row.
 
     A sequence's tokens stand in their row in the order of their positions, side by side but for what is shared, as
     packing puts them.
@@ -40,6 +59,18 @@ def segment_attention(
     Returns:
         An `attend` for `llama.forward`; softmax in float32.
     """
+    query = (segment_bt, position_bt) + (() if prefix_bt is None else (prefix_bt,))
+
+    def sees(query: tuple[jax.Array, ...], key_segment_bs: jax.Array, key_position_bs: jax.Array) -> jax.Array:
+        query_segment_bt, query_position_bt, *query_prefix = query
+        distance_bts = query_position_bt[:, :, None] - key_position_bs[:, None, :]
+        mask_bts = query_segment_bt[:, :, None] == key_segment_bs[:, None, :]
+        for query_prefix_bt in query_prefix:
+            mask_bts |= query_prefix_bt[:, :, None] == key_segment_bs[:, None, :]
+        mask_bts &= distance_bts >= 0
+        if sliding_window is not None:
+            mask_bts &= distance_bts < sliding_window
+        return mask_bts
 
     def attend(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, cache: None) -> tuple[jax.Array, None]:
         if prefix_bt is None and (kernel := _kernel(q_btkgh)):
@@ -47,24 +78,18 @@ def segment_attention(
         if prefix_bt is not None and sliding_window is None and _kernel(q_btkgh) is cudnn_attention:
             return cudnn_attention(q_btkgh, k_bskh, v_bskh, segment_bt, None, prefix_bt=prefix_bt), cache
 
-        def chunk(query: tuple[jax.Array, ...]) -> jax.Array:
-            q_btkgh, query_segment_bt, query_position_bt, *query_prefix = query
-            distance_bts = query_position_bt[:, :, None] - position_bt[:, None, :]
-            mask_bts = query_segment_bt[:, :, None] == segment_bt[:, None, :]
-            for query_prefix_bt in query_prefix:
-                mask_bts |= query_prefix_bt[:, :, None] == segment_bt[:, None, :]
-            mask_bts &= distance_bts >= 0
-            if sliding_window is not None:
-                mask_bts &= distance_bts < sliding_window
-            return _masked_attention(q_btkgh, k_bskh, v_bskh, mask_bts)
+        if reach is not None:
+            return _near_attention(q_btkgh, k_bskh, v_bskh, query, sees, reach), cache
 
-        query = (q_btkgh, segment_bt, position_bt) + (() if prefix_bt is None else (prefix_bt,))
+        def chunk(q_btkgh: jax.Array, query: tuple[jax.Array, ...]) -> jax.Array:
+            return _masked_attention(q_btkgh, k_bskh, v_bskh, sees(query, segment_bt, position_bt))
+
         b, t = segment_bt.shape
         if t <= QUERY_CHUNK or t % _QUERY_UNIT:
-            return chunk(query), cache
+            return chunk(q_btkgh, query), cache
         length = max(n for n in range(_QUERY_UNIT, QUERY_CHUNK + 1, _QUERY_UNIT) if t % n == 0)
-        chunked = jax.tree.map(lambda x: x.reshape(b, -1, length, *x.shape[2:]).swapaxes(0, 1), query)
-        out = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), chunked)
+        chunked = jax.tree.map(lambda x: x.reshape(b, -1, length, *x.shape[2:]).swapaxes(0, 1), (q_btkgh, query))
+        out = jax.lax.map(lambda of_chunk: jax.checkpoint(chunk, prevent_cse=False)(*of_chunk), chunked)
         return out.swapaxes(0, 1).reshape(q_btkgh.shape), cache
 
     return attend
@@ -85,6 +110,62 @@ def _masked_attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, 
     weight_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
     out_bkxh = jnp.einsum("bkxs,bksh->bkxh", weight_bkgts.reshape(score_bkxs.shape), v_bksh)
     return jnp.moveaxis(out_bkxh.reshape(b, k, g, t, h), 3, 1)
+
+
+def _near_attention(
+    q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, query: tuple[jax.Array, ...], sees: Callable, reach: Reach
+) -> jax.Array:
+    """`_masked_attention` of each block of queries with the keys that `reach` leaves it.
+
+    Those are its own and `reach.own` before it, and the prefix of its first query: a later query's is the same one, or
+    begins inside what is there already.
+    """
+    segment_bt, position_bt, *prefix = query
+    b, t = segment_bt.shape
+    first_n = np.arange(0, t, _NEAR_QUERIES)
+    if reach.prefix:
+        begin_bn = jnp.argmax(segment_bt[:, None, :] == prefix[0][:, ::_NEAR_QUERIES, None], axis=-1)
+
+    def near(x_bt: jax.Array, fill: int = 0) -> jax.Array:
+        """[B * N, S, ...] of [B, T, ...]: what belongs to the keys of each block of queries."""
+        padded = jnp.pad(x_bt, ((0, 0), (reach.own, 0), *((0, 0),) * (x_bt.ndim - 2)), constant_values=fill)
+        shape = (b, len(first_n), _NEAR_QUERIES, *x_bt.shape[2:])
+        parts = [padded[:, i : i + t].reshape(shape) for i in range(0, reach.own + 1, _NEAR_QUERIES)]
+        if reach.prefix:
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=reach.prefix)
+            parts.insert(0, jax.vmap(jax.vmap(cut, (None, 0)))(x_bt, begin_bn))
+        return jnp.concatenate(parts, axis=2).reshape(b * len(first_n), -1, *x_bt.shape[2:])
+
+    # What of the prefix is among the tokens before the block as well counts once.
+    place_ns = near(jnp.broadcast_to(jnp.arange(t), (b, t)), fill=-1)
+    is_before_ns = place_ns < (np.tile(first_n, b) - reach.own)[:, None]
+    counts_ns = is_before_ns | (np.arange(place_ns.shape[1]) >= reach.prefix)
+    key_segment_ns = jnp.where(counts_ns, near(segment_bt, fill=-1), -1)
+    query_nt = [x_bt.reshape(-1, _NEAR_QUERIES) for x_bt in query]
+    mask_nts = sees(query_nt, key_segment_ns, near(position_bt))
+    q_ntkgh = q_btkgh.reshape(-1, _NEAR_QUERIES, *q_btkgh.shape[2:])
+    return _masked_attention(q_ntkgh, near(k_bskh), near(v_bskh), mask_nts).reshape(q_btkgh.shape)
+
+
+def reach(own: int, shared: int, length: int) -> Reach | None:
+    """How far queries see, for `segment_attention`; None where they may as well meet all of their row.
+
+    Args:
+        own: tokens of the longest sequence, without what it shares.
+        shared: tokens of the longest prefix.
+        length: T, tokens of a row.
+    """
+    near = Reach(_rounded_up(own - 1), _rounded_up(shared))
+    # More keys would be more scores at once than QUERY_CHUNK allows.
+    is_less = near.keys <= min(QUERY_CHUNK, 0.75 * length)
+    return near if is_less and length % _NEAR_QUERIES == 0 and mesh_lib.platform() == "cpu" else None
+
+
+def _rounded_up(tokens: int) -> int:
+    """To one of few numbers: 0, or _NEAR_QUERIES times a power of two or one and a half times one."""
+    blocks = -(-max(tokens, 0) // _NEAR_QUERIES)
+    power = 1 << max(blocks - 1, 0).bit_length()
+    return _NEAR_QUERIES * min(blocks and power, power * 3 // 4 if blocks <= power * 3 // 4 else power)
 
 
 def takes_prefixes(sliding_window: int | None) -> bool:

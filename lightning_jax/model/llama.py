@@ -265,11 +265,9 @@ def _project(axes: str, x: jax.Array, layer: Params, name: str) -> jax.Array:
     if (turned := _turned(name)) in layer:
         return _turned_product(x.reshape(*x.shape[:2], -1), layer[turned]).astype(x.dtype)
     w, cut = layer[name], _num_inputs(name)
-    if len(x) == 1:
-        product = jnp.einsum(axes, x, w)
-    else:  # As a product of two matrices: gradients sum over two axes, and XLA's CPU compiler would turn them round.
-        inputs = math.prod(w.shape[:cut])
-        product = (x.reshape(-1, inputs) @ w.reshape(inputs, -1)).reshape(*x.shape[:2], *w.shape[cut:])
+    # As a product of two matrices: XLA's CPU compiler would turn the gradient round, a sum over two axes.
+    inputs = math.prod(w.shape[:cut])
+    product = (x.reshape(-1, inputs) @ w.reshape(inputs, -1)).reshape(*x.shape[:2], *w.shape[cut:])
     a, b = adapter_names(name)
     if a not in layer:
         return product

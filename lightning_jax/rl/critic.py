@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import attention, llama, lora
+from lightning_jax.model import llama, lora
 from lightning_jax.rl import update
 from lightning_jax.rl.packing import Batch
 from lightning_jax.rl.update import LearnerSettings
@@ -110,7 +110,7 @@ def token_values(
     """
     trunk = params["trunk"] if "trunk" in params else jax.lax.stop_gradient(policy)
     trunk = llama.cast_params(lora.whole(trunk, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
-    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window, batch.prefix_bt)
+    attend = batch.attend(config.sliding_window)
     x_btd, _ = llama.forward(trunk, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     with jax.named_scope("value_head"):
         value_bt = jnp.einsum("btd,d->bt", x_btd.astype(jnp.float32), params["head_d"])

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,26 +221,35 @@ class Learner:
     def _divide(self, rows: Sequence[Row], advantage_n: np.ndarray) -> list[list[Batch]]:
         """Rows to micro-batches, by optimizer step."""
         length = self._block_length(rows)
-        packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
+        with mesh_lib.current(self._mesh):
+            packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
         per_step, size = self._step_blocks(len(packed.token_bt), length)
         steps = packing.micro_batches(packed, per_step)
         return [packing.micro_batches(step, size) for step in steps]
 
     def _block_length(self, rows: Sequence[Row]) -> int:
-        """The power of two that `packing.block_lengths` begins with, unless another saves a twentieth of the work."""
-        lengths = packing.block_lengths(
+        """Of `packing.block_lengths` the first, unless a later one saves a twentieth of the work, and so on."""
+        first, *others = packing.block_lengths(
             max(len(row) for row in rows), minimum=self.settings.min_block_length, unit=self._length_unit
         )
 
         def work(length: int) -> float:
-            blocks = 1 + max(at.block for at in packing.place(rows, length, share=self._shares_prefixes))
-            per_step, size = self._step_blocks(blocks, length)
+            """In tokens, attention counted as such."""
+            places = packing.place(rows, length, share=self._shares_prefixes)
+            reach = packing.reach(places, length)
+            if length > 2 * first and (reach is None or length > self.settings.most_blocks(1)):
+                return math.inf  # so long blocks are for rows that see little of them
+            per_step, size = self._step_blocks(1 + max(at.block for at in places), length)
             computed = self.settings.optimizer_steps * -(-per_step // size) * size
-            return computed * length * (1 + length * _attention_share(self.config))
+            keys = length if reach is None else reach.keys
+            return computed * length * (1 + keys * _attention_share(self.config))
 
-        work_of = {length: work(length) for length in lengths}
-        best = min(lengths, key=work_of.get)
-        return best if work_of[best] < 0.95 * work_of[lengths[0]] else lengths[0]
+        with mesh_lib.current(self._mesh):
+            best, least = first, work(first)
+            for length in others:
+                if (this := work(length)) < 0.95 * least:
+                    best, least = length, this
+        return best
 
     def _step_blocks(self, num_blocks: int, length: int) -> tuple[int, int]:
         """Blocks of an optimizer step, and of each of its micro-batches."""

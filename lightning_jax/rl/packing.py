@@ -1,9 +1,9 @@
 """Rows of all lengths to blocks of one length, several rows side by side in a block.
 
-Shapes are a function of the rows alone, and take few values: a block is a power of two long, or between two of them
-where that saves much, and the number of blocks in a micro-batch is a power of two or one and a half times one. So a run
-compiles a handful of programs, and a run that was killed and resumed computes with the same shapes, hence to the same
-bits, as one that was not.
+Shapes are a function of the rows alone, and take few values: a block is a power of two long, or of another length where
+that saves much, and the number of blocks in a micro-batch is a power of two or one and a half times one, as is that of
+the keys that its queries meet. So a run compiles a handful of programs, and a run that was killed and resumed computes
+with the same shapes, hence to the same bits, as one that was not.
 
 Rows of one prompt, a GRPO group's, share it: a block holds [prefix | rest of row 1 | rest of row 2 | ...], and every
 rest sees the prefix and itself. The prompt's last token is not in the prefix but begins each rest: the hidden state
@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import numpy as np
 
+from lightning_jax.model import attention, llama
 from lightning_jax.rl.trajectory import Row
 
 
@@ -40,6 +41,13 @@ class Batch:
     share_bt: jax.Array | None = None  # float32, 1 / (tokens of the token's rollout)
     reference_logprob_bt: jax.Array | None = None  # float32, nats; where a pass of its own has computed them
     prefix_bt: jax.Array | None = None  # int32, the segment each token sees beside its own, or its own
+    reach: attention.Reach | None = flax.struct.field(pytree_node=False, default=None)  # of its attention
+
+    def attend(self, sliding_window: int | None) -> llama.Attend:
+        """Attention within its rows, for `llama.forward`."""
+        return attention.segment_attention(
+            self.segment_bt, self.position_bt, sliding_window, self.prefix_bt, self.reach
+        )
 
 
 def block_length(longest: int, *, minimum: int = 256) -> int:
@@ -48,15 +56,16 @@ def block_length(longest: int, *, minimum: int = 256) -> int:
 
 
 def block_lengths(longest: int, *, minimum: int = 256, unit: int = 64) -> list[int]:
-    """Lengths that blocks may have, the power of two first: it and quarters between its half and its double.
+    """Lengths that blocks may have: a power of two, and then others up to four times it, the rounder first.
 
     Args:
-        longest: tokens of the longest row, which each of them holds, and `minimum`.
-        unit: of which those between powers must be multiples, for attention's sake.
+        longest: tokens of the longest row, which each of them holds, and `minimum`; so does the power of two.
+        unit: of which the others must be multiples, for attention's sake.
     """
     power = block_length(longest, minimum=minimum)
-    between = [power * eighths // 8 for eighths in (5, 6, 7, 10, 12, 14)]
-    return [power, *(n for n in between if n >= max(longest, minimum) and n % unit == 0)]
+    others = [power * eighths // 8 for eighths in (5, 6, 7, *range(10, 33, 2))]
+    others = [n for n in others if n >= max(longest, minimum) and n % unit == 0]
+    return [power, *sorted(others, key=lambda n: (-(n & -n), n))]  # by the power of two that divides it
 
 
 # The arrays of a `Row` that a batch has where its rows have them.
@@ -78,7 +87,9 @@ class Place(NamedTuple):
 
 
 def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Place]:
-    """Where each row lies, first fit, in the order of rollouts; the same rows in any order fill the same blocks.
+    """Where each row lies, first fit, in the order of rollouts, those that share a prefix together.
+
+    The same rows in any order fill the same blocks.
 
     Args:
         rows: none longer than `length`.
@@ -91,10 +102,16 @@ def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Plac
     if rows and (longest := max(len(row) for row in rows)) > length:
         raise ValueError(f"a row of {longest} tokens does not fit a block of {length}")
 
-    def key(i: int) -> tuple[int, bytes, bytes]:
-        return rows[i].rollout_index, rows[i].token_ids.tobytes(), rows[i].loss_mask.tobytes()
-
     prefixes = _shared_prefixes(rows) if share else [b""] * len(rows)
+    first: dict[bytes, int] = {}  # rollout with the prefix
+    for row, prefix in zip(rows, prefixes, strict=True):
+        first[prefix] = min(first.get(prefix, row.rollout_index), row.rollout_index)
+
+    def key(i: int) -> tuple[int, bytes, int, bytes, bytes]:
+        row, prefix = rows[i], prefixes[i]
+        begins = first[prefix] if prefix else row.rollout_index
+        return begins, prefix, row.rollout_index, row.token_ids.tobytes(), row.loss_mask.tobytes()
+
     places: list[Place | None] = [None] * len(rows)
     used: list[int] = []
     starts: dict[tuple[int, bytes], int] = {}  # of the prefixes in the blocks
@@ -114,6 +131,12 @@ def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Plac
         places[i] = Place(block, position_t, shared)
         used[block] += rest
     return places
+
+
+def reach(places: Sequence[Place], length: int) -> attention.Reach | None:
+    """Of the attention in blocks of `length` tokens that are filled in this way."""
+    own = max((len(at.position_t) - at.shared for at in places), default=0)
+    return attention.reach(own, max((at.shared for at in places), default=0), length)
 
 
 def _shared_prefixes(rows: Sequence[Row]) -> list[bytes]:
@@ -141,6 +164,7 @@ def pack(rows: Sequence[Row], advantage_n: np.ndarray, length: int, *, share: bo
     places = place(rows, length, share=share)
     optional = {there: of_row for there, of_row in OPTIONAL.items() if rows and getattr(rows[0], of_row) is not None}
     batch = empty_blocks(1 + max((at.block for at in places), default=-1), length, optional)
+    batch = batch.replace(reach=reach(places, length))
     if any(at.shared for at in places):
         batch = batch.replace(prefix_bt=np.zeros_like(batch.segment_bt))
     for row, at in sorted(zip(rows, places, strict=True), key=lambda pair: (pair[1].block, pair[1].position_t[-1])):
@@ -205,7 +229,7 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Divides a batch into micro-batches of `size` blocks; the last one is filled up with padding."""
     count, length = batch.token_bt.shape
     optional = [name for name in OPTIONAL if getattr(batch, name) is not None]
-    filling = empty_blocks(-count % size, length, optional)
+    filling = empty_blocks(-count % size, length, optional).replace(reach=batch.reach)
     if batch.prefix_bt is not None:
         filling = filling.replace(prefix_bt=np.zeros_like(filling.segment_bt))
     batch = jax.tree.map(lambda blocks, more: np.concatenate([blocks, more]), batch, filling)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lightning_jax import mesh as mesh_lib
-from lightning_jax.model import attention, llama, lora
+from lightning_jax.model import llama, lora
 from lightning_jax.rl import losses, packing
 from lightning_jax.rl.packing import Batch
 
@@ -133,7 +133,7 @@ def policy_logprobs(
         frozen: the rest.
     """
     params = llama.cast_params(lora.whole(params, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
-    attend = attention.segment_attention(batch.segment_bt, batch.position_bt, config.sliding_window, batch.prefix_bt)
+    attend = batch.attend(config.sliding_window)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
 

@@ -72,11 +72,12 @@ def test_block_lengths_are_powers_of_two():
     assert [packing.block_length(n, minimum=64) for n in (1, 64, 65, 128, 129, 4096)] == [64, 64, 128, 128, 256, 4096]
 
 
-def test_block_lengths_between_powers_hold_the_longest_row():
-    assert packing.block_lengths(100, minimum=256) == [256, 320, 384, 448]
-    assert packing.block_lengths(700, minimum=256) == [1024, 768, 896, 1280, 1536, 1792]
-    assert packing.block_lengths(700, minimum=256, unit=512) == [1024, 1536]
-    assert packing.block_lengths(20, minimum=32) == [32]
+def test_block_lengths_hold_the_longest_row_and_the_rounder_come_first():
+    rounder = [512, 2048, 1024, 1536, 768, 1280, 1792]
+    assert packing.block_lengths(400, minimum=256) == [*rounder, 640, 896, 1152, 1408, 1664, 1920, 448]
+    assert packing.block_lengths(100, minimum=256)[:6] == [256, 1024, 512, 768, 384, 640]
+    assert packing.block_lengths(700, minimum=256, unit=512) == [1024, 4096, 2048, 3072, 1536, 2560, 3584]
+    assert packing.block_lengths(20, minimum=32) == [32, 128, 64]
 
 
 def test_micro_batch_sizes_are_few_and_hold_their_share():

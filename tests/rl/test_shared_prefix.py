@@ -51,11 +51,16 @@ def assert_equal(actual, expected):
     )
 
 
-@pytest.mark.parametrize("window, loss_mode", [(None, "clip"), (6, "clip"), (None, "gspo")])
-def test_gradients_and_sums_are_those_of_unshared_rows(config, params, grouped, advantages, window, loss_mode):
+@pytest.mark.parametrize(
+    "length, window, loss_mode", [(64, None, "clip"), (64, 6, "clip"), (64, None, "gspo"), (192, None, "clip")]
+)
+def test_gradients_and_sums_are_those_of_unshared_rows(config, params, grouped, advantages, length, window, loss_mode):
+    """In blocks of 192 each query meets half of the keys alone."""
     config = dataclasses.replace(config, sliding_window=window)
     settings = dataclasses.replace(SETTINGS, loss_mode=loss_mode)
-    shared, plain = (packing.pack(grouped, advantages, 64, share=share) for share in (True, False))
+    shared = packing.pack(grouped, advantages, length, share=True)
+    plain = packing.pack(grouped, advantages, 64)
+    assert plain.reach is None and (shared.reach is not None) == (length == 192)
     assert (shared.segment_bt > 0).sum() == sum(map(len, grouped)) - 3 * 19 - 3 * 6
     assert shared.loss_mask_bt.sum() == plain.loss_mask_bt.sum()
     expected = totals(config, params, plain, plain.token_bt.shape[0], settings)
@@ -97,3 +102,36 @@ def test_cudnns_call_sees_the_same(config, grouped, advantages):
     filled = shared.segment_bt > 0
     actual = cudnn(q, k, v, jnp.asarray(shared.segment_bt), None)
     np.testing.assert_allclose(actual[filled], plain(q, k, v, None)[0][filled], rtol=1e-5, atol=1e-5)
+
+
+def rows_in_turn(rng) -> list[trajectory.Row]:
+    """Two prompts whose rows come in turn, as of agents with two calls; one of a group by itself; and rows alone."""
+    prompts = [rng.integers(99, size=n) for n in rng.integers(1, 90, size=3)]
+    rows = []
+    for rollout in range(12):
+        of_rollout = [prompts[2]] if rollout >= 8 else [*prompts[:2], rng.integers(99, size=rng.integers(1, 40))]
+        for prompt in of_rollout:
+            token_t = np.r_[prompt, rng.integers(99, size=rng.integers(1, 60))].astype(np.int32)
+            mask_t = np.arange(len(token_t)) >= len(prompt)
+            zeros_t, ones_t = np.zeros(len(token_t), np.float32), np.ones(len(token_t), np.float32)
+            rows.append(trajectory.Row(token_t, mask_t, zeros_t, ones_t, rollout))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share, window", [(True, None), (True, 30), (False, None)])
+def test_each_block_of_queries_has_all_the_keys_that_they_see(seed, share, window):
+    """What is computed with near keys alone, forward and backward, against all keys of the row."""
+    rng = np.random.default_rng(seed)
+    batch = packing.pack(rows_in_turn(rng), np.zeros(12, np.float32), 384, share=share)
+    assert batch.reach is not None and batch.reach.keys <= 0.75 * 384
+    b, t = batch.token_bt.shape
+    shapes = (b, t, 2, 2, 8), (b, t, 2, 8), (b, t, 2, 8)
+    qkv, weight = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes], rng.normal(size=shapes[0])
+    weight *= (batch.segment_bt > 0)[..., None, None, None]
+
+    def weighted(batch):
+        return jax.jit(jax.value_and_grad(lambda qkv: (batch.attend(window)(*qkv, None)[0] * weight).sum()))(qkv)
+
+    actual, expected = weighted(batch), weighted(batch.replace(reach=None))
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
