@@ -29,6 +29,7 @@ FLOORS = {
     "lightning_jax.data": 3,  # of store's floor, but built on it
     "lightning_jax.hlo_costs": 1,
     "lightning_jax.mesh": 3,
+    "lightning_jax.compiler": 4,
     "lightning_jax.processes": 3,
     "lightning_jax.outcomes": 3,
     "lightning_jax.model": 4,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lightning_jax import compiler
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
 from lightning_jax.rl import losses, packing
@@ -138,7 +139,16 @@ def policy_logprobs(
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"), donate_argnames="totals")
+# The library that XLA would give attention's products to computes each of them on one core.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@functools.partial(
+    compiler.PlatformJit,
+    cpu_options=CPU_OPTIONS,
+    static_argnames=("config", "settings", "mesh"),
+    donate_argnames="totals",
+)
 def accumulate(
     totals: Totals,
     params: llama.Params,

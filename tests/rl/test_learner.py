@@ -135,7 +135,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_gradients(config, 
         assert 0 < difference.mean() < 0.02 and difference.max() < 0.2
 
     arguments = update.zero_totals(params), params, None, blocks, np.float32(1)
-    totals = jax.eval_shape(lambda *arrays: update.accumulate(*arrays, config=config, settings=settings), *arguments)
+    totals = update.accumulate.eval_shape(*arguments, config=config, settings=settings)
     assert {leaf.dtype for leaf in jax.tree.leaves(totals)} == {np.dtype(np.float32)}
 
 
