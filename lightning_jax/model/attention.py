@@ -20,19 +20,19 @@ from lightning_jax.model.llama import Attend
 # Longer rows are computed at most this many queries at a time, so that scores are [B, H, 512, T], never [B, H, T, T].
 QUERY_CHUNK = 512
 _QUERY_UNIT = 64  # and a multiple of so many
-_NEAR_QUERIES = 32  # that are computed with the same keys, where rows hold many short sequences
+NEAR_QUERIES = 32  # that are computed with the same keys, where rows hold many short sequences
 
 
 class Reach(NamedTuple):
     """How many tokens of its row a query sees at the most: other arrays' shapes, so it is static."""
 
-    own: int  # of its own sequence before it, a multiple of _NEAR_QUERIES
+    own: int  # of its own sequence before it; a multiple of NEAR_QUERIES, as the other
     prefix: int  # of the prefix it shares
 
     @property
     def keys(self) -> int:
         """That each query meets."""
-        return self.own + _NEAR_QUERIES + self.prefix
+        return self.own + NEAR_QUERIES + self.prefix
 
 
 def segment_attention(
@@ -50,8 +50,8 @@ def segment_attention(
         sliding_window: how many positions a query sees, itself included; None for all.
         prefix_bt: [B, T] int32, the segment before it in the row that each token sees beside its own, or its own: what
             several sequences begin with is there once. None where no sequences share anything.
-        reach: from `reach`, of rows in which sequences with the same prefix stand together; None to let every query
-            meet all of its row.
+        reach: one that `takes_reach`, of rows in which sequences with the same prefix stand together; None to let every
+            query meet all of its row.
 
     A sequence's tokens stand in their row in the order of their positions, side by side but for what is shared, as
     packing puts them.
@@ -122,15 +122,15 @@ def _near_attention(
     """
     segment_bt, position_bt, *prefix = query
     b, t = segment_bt.shape
-    first_n = np.arange(0, t, _NEAR_QUERIES)
+    first_n = np.arange(0, t, NEAR_QUERIES)
     if reach.prefix:
-        begin_bn = jnp.argmax(segment_bt[:, None, :] == prefix[0][:, ::_NEAR_QUERIES, None], axis=-1)
+        begin_bn = jnp.argmax(segment_bt[:, None, :] == prefix[0][:, ::NEAR_QUERIES, None], axis=-1)
 
     def near(x_bt: jax.Array, fill: int = 0) -> jax.Array:
         """[B * N, S, ...] of [B, T, ...]: what belongs to the keys of each block of queries."""
         padded = jnp.pad(x_bt, ((0, 0), (reach.own, 0), *((0, 0),) * (x_bt.ndim - 2)), constant_values=fill)
-        shape = (b, len(first_n), _NEAR_QUERIES, *x_bt.shape[2:])
-        parts = [padded[:, i : i + t].reshape(shape) for i in range(0, reach.own + 1, _NEAR_QUERIES)]
+        shape = (b, len(first_n), NEAR_QUERIES, *x_bt.shape[2:])
+        parts = [padded[:, i : i + t].reshape(shape) for i in range(0, reach.own + 1, NEAR_QUERIES)]
         if reach.prefix:
             cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=reach.prefix)
             parts.insert(0, jax.vmap(jax.vmap(cut, (None, 0)))(x_bt, begin_bn))
@@ -141,31 +141,17 @@ def _near_attention(
     is_before_ns = place_ns < (np.tile(first_n, b) - reach.own)[:, None]
     counts_ns = is_before_ns | (np.arange(place_ns.shape[1]) >= reach.prefix)
     key_segment_ns = jnp.where(counts_ns, near(segment_bt, fill=-1), -1)
-    query_nt = [x_bt.reshape(-1, _NEAR_QUERIES) for x_bt in query]
+    query_nt = [x_bt.reshape(-1, NEAR_QUERIES) for x_bt in query]
     mask_nts = sees(query_nt, key_segment_ns, near(position_bt))
-    q_ntkgh = q_btkgh.reshape(-1, _NEAR_QUERIES, *q_btkgh.shape[2:])
+    q_ntkgh = q_btkgh.reshape(-1, NEAR_QUERIES, *q_btkgh.shape[2:])
     return _masked_attention(q_ntkgh, near(k_bskh), near(v_bskh), mask_nts).reshape(q_btkgh.shape)
 
 
-def reach(own: int, shared: int, length: int) -> Reach | None:
-    """How far queries see, for `segment_attention`; None where they may as well meet all of their row.
-
-    Args:
-        own: tokens of the longest sequence, without what it shares.
-        shared: tokens of the longest prefix.
-        length: T, tokens of a row.
-    """
-    near = Reach(_rounded_up(own - 1), _rounded_up(shared))
+def takes_reach(reach: Reach, length: int) -> bool:
+    """Whether rows of `length` tokens are faster with it than where every query meets all of its row."""
     # More keys would be more scores at once than QUERY_CHUNK allows.
-    is_less = near.keys <= min(QUERY_CHUNK, 0.75 * length)
-    return near if is_less and length % _NEAR_QUERIES == 0 and mesh_lib.platform() == "cpu" else None
-
-
-def _rounded_up(tokens: int) -> int:
-    """To one of few numbers: 0, or _NEAR_QUERIES times a power of two or one and a half times one."""
-    blocks = -(-max(tokens, 0) // _NEAR_QUERIES)
-    power = 1 << max(blocks - 1, 0).bit_length()
-    return _NEAR_QUERIES * min(blocks and power, power * 3 // 4 if blocks <= power * 3 // 4 else power)
+    is_less = reach.keys <= min(QUERY_CHUNK, 0.75 * length)
+    return is_less and length % NEAR_QUERIES == 0 and mesh_lib.platform() == "cpu"
 
 
 def takes_prefixes(sliding_window: int | None) -> bool:

@@ -220,8 +220,8 @@ class Learner:
 
     def _divide(self, rows: Sequence[Row], advantage_n: np.ndarray) -> list[list[Batch]]:
         """Rows to micro-batches, by optimizer step."""
-        length = self._block_length(rows)
         with mesh_lib.current(self._mesh):
+            length = self._block_length(rows)
             packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
         per_step, size = self._step_blocks(len(packed.token_bt), length)
         steps = packing.micro_batches(packed, per_step)
@@ -244,11 +244,10 @@ class Learner:
             keys = length if reach is None else reach.keys
             return computed * length * (1 + keys * _attention_share(self.config))
 
-        with mesh_lib.current(self._mesh):
-            best, least = first, work(first)
-            for length in others:
-                if (this := work(length)) < 0.95 * least:
-                    best, least = length, this
+        best, least = first, work(first)
+        for length in others:
+            if (this := work(length)) < 0.95 * least:
+                best, least = length, this
         return best
 
     def _step_blocks(self, num_blocks: int, length: int) -> tuple[int, int]:

@@ -134,9 +134,12 @@ def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Plac
 
 
 def reach(places: Sequence[Place], length: int) -> attention.Reach | None:
-    """Of the attention in blocks of `length` tokens that are filled in this way."""
-    own = max((len(at.position_t) - at.shared for at in places), default=0)
-    return attention.reach(own, max((at.shared for at in places), default=0), length)
+    """Of the attention in blocks of `length` tokens that are filled in this way; None for all of the block."""
+    own = max((len(at.position_t) - at.shared - 1 for at in places), default=0)
+    shared = max((at.shared for at in places), default=0)
+    unit = attention.NEAR_QUERIES
+    longest = attention.Reach(*(unit * _rounded_up(-(-tokens // unit)) for tokens in (own, shared)))
+    return longest if attention.takes_reach(longest, length) else None
 
 
 def _shared_prefixes(rows: Sequence[Row]) -> list[bytes]:
@@ -219,10 +222,14 @@ def micro_batch_size(num_blocks: int, num_micro_batches: int, *, limit: int, mul
         The power of two, or one and a half times one, that holds a share; at most `limit`; then made a multiple.
     """
     share = max(1, -(-num_blocks // num_micro_batches))
-    power = 1 << (share - 1).bit_length()
-    size = power * 3 // 4 if power >= 4 and share <= power * 3 // 4 else power
-    size = max(1, min(size, limit))
+    size = max(1, min(_rounded_up(share), limit))
     return -(-size // multiple) * multiple
+
+
+def _rounded_up(count: int) -> int:
+    """To a power of two, or one and a half times one; 0 is 0."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
