@@ -229,25 +229,25 @@ class Learner:
 
     def _block_length(self, rows: Sequence[Row]) -> int:
         """Of `packing.block_lengths` the first, unless a later one saves a twentieth of the work, and so on."""
-        first, *others = packing.block_lengths(
+        lengths = packing.block_lengths(
             max(len(row) for row in rows), minimum=self.settings.min_block_length, unit=self._length_unit
         )
-
-        def work(length: int) -> float:
-            """In tokens, attention counted as such."""
-            places = packing.place(rows, length, share=self._shares_prefixes)
-            reach = packing.reach(places, length)
-            if length > 2 * first and (reach is None or length > self.settings.most_blocks(1)):
-                return math.inf  # so long blocks are for rows that see little of them
+        needed = packing.tokens_needed(rows, share=self._shares_prefixes)
+        places = packing.place(rows, lengths[0], share=self._shares_prefixes)
+        best, least = lengths[0], math.inf
+        for length in lengths:
+            reach = packing.reach(places, length)  # the same in blocks of any length, or all of the block
+            if length > 2 * lengths[0] and (reach is None or length > self.settings.most_blocks(1)):
+                continue  # so long blocks are for rows that see little of them
+            work_of_token = 1 + (length if reach is None else reach.keys) * _attention_share(self.config)
+            if needed * work_of_token >= 0.95 * least:
+                continue  # even without padding
+            if length != lengths[0]:
+                places = packing.place(rows, length, share=self._shares_prefixes)
             per_step, size = self._step_blocks(1 + max(at.block for at in places), length)
             computed = self.settings.optimizer_steps * -(-per_step // size) * size
-            keys = length if reach is None else reach.keys
-            return computed * length * (1 + keys * _attention_share(self.config))
-
-        best, least = first, work(first)
-        for length in others:
-            if (this := work(length)) < 0.95 * least:
-                best, least = length, this
+            if (work := computed * length * work_of_token) < 0.95 * least:
+                best, least = length, work
         return best
 
     def _step_blocks(self, num_blocks: int, length: int) -> tuple[int, int]:

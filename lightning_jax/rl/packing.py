@@ -133,6 +133,13 @@ def place(rows: Sequence[Row], length: int, *, share: bool = False) -> list[Plac
     return places
 
 
+def tokens_needed(rows: Sequence[Row], *, share: bool = False) -> int:
+    """Tokens that blocks hold at least: each row's own, and a prefix that rows share once; see `place`."""
+    prefixes = _shared_prefixes(rows) if share else []
+    repeated = sum(map(len, prefixes)) - sum(map(len, set(prefixes)))
+    return sum(len(row) for row in rows) - repeated // np.dtype(np.int32).itemsize
+
+
 def reach(places: Sequence[Place], length: int) -> attention.Reach | None:
     """Of the attention in blocks of `length` tokens that are filled in this way; None for all of the block."""
     own = max((len(at.position_t) - at.shared - 1 for at in places), default=0)

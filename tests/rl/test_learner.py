@@ -363,3 +363,26 @@ def test_blocks_are_as_long_as_suits_the_rows(config, params):
     for metrics in (actual, expected):  # the others are four to a block of 1280
         assert metrics.pop("train/padding_fraction") == pytest.approx(1 - 300 / 320)
     assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_rows_are_placed_no_more_often_than_can_pay(config, params, monkeypatch):
+    """Where blocks of the first length are nearly full, no other length is tried: only packing places once more."""
+    lengths = []
+
+    def place(rows, length, *, share, place=packing.place):
+        lengths.append(length)
+        return place(rows, length, share=share)
+
+    monkeypatch.setattr(packing, "place", place)
+    learner = Learner(config, params, dataclasses.replace(SETTINGS, batch_size=40, max_seq_len=256))
+
+    def divided(num_tokens):
+        lengths.clear()
+        mask_t = np.arange(num_tokens) >= num_tokens // 2
+        nothing_t, ones_t = np.zeros(num_tokens, np.float32), np.ones(num_tokens, np.float32)
+        rows = [Row(np.full(num_tokens, i, np.int32), mask_t, nothing_t, ones_t, i) for i in range(32)]
+        learner._divide(rows, np.zeros(32, np.float32))
+        return lengths
+
+    assert divided(250) == [256, 256]
+    assert len(divided(140)) > 2

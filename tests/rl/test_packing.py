@@ -63,6 +63,24 @@ def test_first_fit_leaves_at_most_one_block_less_than_half_full(lengths):
     assert ((batch.segment_bt > 0).sum(axis=1) <= 16).sum() <= 1
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 10)), min_size=1, max_size=12), st.booleans())
+def test_blocks_hold_the_tokens_needed_and_a_block_for_all_holds_no_more(prompts_and_lengths, share):
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 1000, (4, 8)).astype(np.int32)
+    rows = []
+    for i, (prompt, length) in enumerate(prompts_and_lengths):
+        row = make_row(rng, 8 + length, i)
+        row.token_ids[:8], row.loss_mask[:] = prompts[prompt], np.arange(8 + length) >= 8
+        rows.append(row)
+
+    def held(length):
+        batch = packing.pack(rows, np.zeros(len(rows), np.float32), length, share=share)
+        return (batch.segment_bt > 0).sum()
+
+    needed = packing.tokens_needed(rows, share=share)
+    assert held(32) >= needed and held(18 * len(rows)) == needed
+
+
 def test_a_row_longer_than_a_block_is_refused():
     with pytest.raises(ValueError, match="33 tokens does not fit a block of 32"):
         packing.pack([make_row(np.random.default_rng(0), 33, 0)], np.zeros(1, np.float32), 32)
