@@ -161,6 +161,7 @@ def forward(
     attend: Attend,
     cache: Any = None,
     *,
+    rope: tuple[jax.Array, jax.Array] | None = None,
     wanted_n: jax.Array | None = None,
     remat: str | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -172,6 +173,8 @@ def forward(
         position_bt: [B, T] int32, each token's position in its own sequence.
         attend: attention over this call's keys and whatever `cache` holds; it also applies the masks.
         cache: None, or a list with one entry per layer, given to `attend` and replaced by what it returns.
+        rope: `rope_angles` of the positions, if they are known already. In a loop unrolled layers find them faster
+            before it: inside it XLA's CPU compiler computes them anew for each layer and head.
         wanted_n: [N] int, the rows whose hidden states are wanted, with unstacked layers; None for all. In the last
             layer the others get no further than their keys and values.
         remat: None, or a key of `REMAT_POLICIES`: what the backward pass keeps of each layer.
@@ -181,7 +184,7 @@ def forward(
         The list of the layers' new caches, or None when `cache` was None.
     """
     layers = params["layers"]
-    rope = _rope_angles(config, position_bt)
+    rope = rope_angles(config, position_bt) if rope is None else rope
 
     def block(x_btd: jax.Array, layer: Params, layer_cache: Any, wanted_n: jax.Array | None = None):
         return _block(config, layer, x_btd, rope, attend, layer_cache, wanted_n)
@@ -256,7 +259,11 @@ def _block(
         y_btd = _rms_norm(x_btd, layer["mlp_norm_d"], config.rms_norm_eps)
         gate_btf = _project("btd,df->btf", y_btd, layer, "gate_df")
         up_btf = _project("btd,df->btf", y_btd, layer, "up_df")
-        x_btd = x_btd + _project("btf,fd->btd", jax.nn.silu(gate_btf) * up_btf, layer, "down_fd")
+        if _turned("down_fd") in layer and _are_few(x_btd):  # between products that have and take features first
+            hidden_btf = (jax.nn.silu(gate_btf.T) * up_btf.T).T
+        else:
+            hidden_btf = jax.nn.silu(gate_btf) * up_btf
+        x_btd = x_btd + _project("btf,fd->btd", hidden_btf, layer, "down_fd")
     return x_btd, cache
 
 
@@ -284,18 +291,21 @@ def _turned_product(x: jax.Array, parts: list[jax.Array]) -> jax.Array:
     than 64. In parts of its own a row has the same sums, to the last bit, beside any number of others.
     """
     x_ni = x.reshape(-1, x.shape[-1])
-    few = len(x_ni) <= _FEW_ROWS
-    products = []
-    for i, w in enumerate(parts):
-        w_oi = w.reshape(-1, w.shape[-1])
-        part_ni = x_ni[:, i * _PART_INPUTS :][:, : w.shape[-1]]
-        axes = "oi,ni->on" if few else "ni,oi->no"
-        operands = (w_oi, part_ni) if few else (part_ni, w_oi)
-        products.append(jnp.einsum(axes, *operands, preferred_element_type=jnp.float32))
-    product = functools.reduce(jnp.add, products)
-    if few:
-        product = jax.lax.optimization_barrier(product).T  # without the barrier XLA may exchange the operands again
-    return product.reshape(*x.shape[:-1], *parts[0].shape[:-1])
+    w_oi_parts = [w.reshape(-1, w.shape[-1]) for w in parts]
+    ends = [i * _PART_INPUTS for i in range(1, len(parts))]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if _are_few(x):  # without the barriers XLA may exchange the operands again, or pick each part from `x_ni`
+        x_in = jax.lax.optimization_barrier(x_ni.T)
+        products = [product("oi,in->on", *pair) for pair in zip(w_oi_parts, jnp.split(x_in, ends), strict=True)]
+        product_no = jax.lax.optimization_barrier(functools.reduce(jnp.add, products)).T
+    else:
+        products = [product("ni,oi->no", *pair) for pair in zip(jnp.split(x_ni, ends, axis=1), w_oi_parts, strict=True)]
+        product_no = functools.reduce(jnp.add, products)
+    return product_no.reshape(*x.shape[:-1], *parts[0].shape[:-1])
+
+
+def _are_few(x: jax.Array) -> bool:
+    return math.prod(x.shape[:-1]) <= _FEW_ROWS
 
 
 def adapter_names(name: str) -> tuple[str, str]:
@@ -344,7 +354,7 @@ def rope_frequencies(config: LlamaConfig, xp: Any = jnp) -> jax.Array:
     return keep * freq + (1 - keep) * freq / scaling.factor
 
 
-def _rope_angles(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sine and cosine of each position's angles, [B, T, h / 2] float32."""
     angle_bth = position_bt[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.sin(angle_bth), jnp.cos(angle_bth)

@@ -202,7 +202,9 @@ def decode(
         num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
         top_btn = jnp.zeros((slot_b.shape[0], steps, 2 * num_top), jnp.int32)
     start_b = rows[:, POSITION]
-    noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32))
+    offset_t = jnp.arange(steps, dtype=jnp.int32)
+    noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + offset_t)
+    rope_bth = llama.rope_angles(config, start_b[:, None] + offset_t)
 
     def step(carry):
         i, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt, top_btn = carry
@@ -213,7 +215,8 @@ def decode(
             )
         else:
             attend = kv_cache.decode_attention(position_b, config.sliding_window)
-        x_btd, cache = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, cache)
+        rope = jax.tree.map(lambda x_bth: jax.lax.dynamic_slice_in_dim(x_bth, i, 1, axis=1), rope_bth)
+        x_btd, cache = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, cache, rope=rope)
         logits_bv = llama.unembed(params, config, x_btd[:, 0])
         noise_b = jax.lax.dynamic_index_in_dim(noise_bt, i, axis=1, keepdims=False)
         if shaping is None:

@@ -93,7 +93,7 @@ def test_gguf_is_the_same_model(name, tmp_path):
     assert config.eos_ids == (2, 5)
     position_bt = jnp.arange(128)[None]
     for angles, wanted in zip(
-        llama._rope_angles(config, position_bt), llama._rope_angles(expected_config, position_bt), strict=True
+        llama.rope_angles(config, position_bt), llama.rope_angles(expected_config, position_bt), strict=True
     ):
         np.testing.assert_allclose(angles, wanted, rtol=0, atol=2e-5)
     same = ("num_heads", "num_kv_heads", "head_dim", "rms_norm_eps", "tie_embeddings", "max_seq_len", "model_type")
