@@ -206,6 +206,7 @@ def forward(
             raise ValueError("a cache and a choice of rows need unstacked layers; see unstack_layers")
         x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers)
     else:
+        block = jax.jit(block)  # traced and lowered once for all layers; XLA inlines it
         caches = []
         for i, (layer, layer_cache) in enumerate(zip(layers, cache or [None] * len(layers), strict=True), 1):
             x_btd, layer_cache = block(x_btd, layer, layer_cache, wanted_n if i == len(layers) else None)

@@ -204,7 +204,7 @@ def decode(
     start_b = rows[:, POSITION]
     offset_t = jnp.arange(steps, dtype=jnp.int32)
     noise_bt = sampling.uniform_noise(_noise_key(rows), start_b[:, None] + 1 + offset_t)
-    rope_bth = llama.rope_angles(config, start_b[:, None] + offset_t)
+    rope_bth = llama.rope_angles(config, start_b[:, None] + offset_t)  # of rows until they stop
 
     def step(carry):
         i, token_b, position_b, remaining_b, cache, tokens_bt, logprobs_bt, top_btn = carry
