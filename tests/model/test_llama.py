@@ -136,6 +136,14 @@ def test_rows_that_are_not_wanted_get_no_further_than_their_keys_and_values():
     assert whole.cost_analysis()["flops"] - some.cost_analysis()["flops"] == pytest.approx(saved, rel=0.1)
 
 
+def test_unstacked_layers_are_traced_once(monkeypatch):
+    config, params = weights.load_model("builtin:tiny")
+    traced = []
+    monkeypatch.setattr(llama, "_block", lambda *args, block=llama._block: traced.append(args) or block(*args))
+    jax.eval_shape(lambda params: llama.forward(params, config, *inputs(config)), llama.unstack_layers(params))
+    assert config.num_layers > 1 and len(traced) == 1
+
+
 def test_a_cache_needs_unstacked_layers():
     config, params = weights.load_model(GOLDENS[0])
     for of_layers in ({"cache": [None] * config.num_layers}, {"wanted_n": jnp.array([0])}):

@@ -368,8 +368,8 @@ def test_nothing_is_compiled_after_warmup(small, prompts):
     assert programs.jitted().compilations() == compiled
 
 
-def test_no_program_copies_the_pages(small):
-    """They are donated and written in place, however many there are."""
+def test_no_program_copies_the_pages_and_none_computes_angles_in_a_layer(small):
+    """They are donated and written in place, however many there are. Decoding knows its angles before its steps."""
     executor = small.engine()._executor
     compiled = [
         executor._programs.prefill.lower(
@@ -402,6 +402,8 @@ def test_no_program_copies_the_pages(small):
         text = lowered.compile().as_text()
         assert f"f32[{shape}]" in text
         assert not re.search(rf"f32\[{shape}\]\S* copy\(", text)
+        if lowered is not compiled[0]:
+            assert text.count(" cosine(") == 1
         donated = re.search(r"input_output_alias=\{(.*?)\}, entry", text)[1]
         assert donated.count("alias)") >= 2 * SMALL.num_layers + 1  # keys and values of each layer, and the state
 
