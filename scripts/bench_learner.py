@@ -3,9 +3,12 @@
     python scripts/bench_learner.py --model=builtin:tiny --rows=64 --length=256
     python scripts/bench_learner.py --model=random:llama3.2-1b --rows=8,32 --length=1024,4096 --remat=full
     python scripts/bench_learner.py --model=builtin:tiny --rows=16 --length=1152 --prompt=1024 --group=8
+    python scripts/bench_learner.py --model=builtin:tiny --rows=64 --length=512 --prompt=64 --shortest=32
 
 A measurement is a whole GRPO update as training makes it: packing, micro-batches, reference, gradient, optimizer step
-and reading the metrics. The rows are random tokens of one length, and all but the prompt is sampled.
+and reading the metrics. The rows are random tokens of one length, and all but the prompt is sampled. With `--shortest`
+what is sampled is spread evenly from there to the rest of the length, in random order; `padding_fraction` is what
+packing leaves of the blocks.
 
 With `--group` that many rows have the same prompt. Then `unshared_update_s` is of rows as long whose prompts are all
 different, measured in turn with the others, and `sharing_ratio` how much faster the groups are.
@@ -47,8 +50,11 @@ def main() -> None:
                 compute_dtype=dtype,
             )
             prompt = args.prompt or length // 2
-            result = measure(config, params, settings, num_rows, length, prompt, args.group, args.repeats)
-            flops = flops_per_token(config, length, reference=args.kl_coef > 0) * num_rows * length
+            spread = np.linspace(args.shortest or length - prompt, length - prompt, num_rows).round().astype(int)
+            sampled_n = np.random.default_rng(0).permutation(spread)
+            result = measure(config, params, settings, prompt, sampled_n, args.group, args.repeats)
+            length_n = prompt + sampled_n
+            flops = sum(flops_per_token(config, n, reference=args.kl_coef > 0) * n for n in length_n.tolist())
             device = jax.devices()[0]
             line = {
                 "benchmark": "learner",
@@ -60,10 +66,11 @@ def main() -> None:
                 "batch": num_rows,
                 "length": length,
                 "prompt": prompt,
+                "shortest": args.shortest or length - prompt,
                 "group": args.group,
                 "gradient_accumulation": args.gradient_accumulation,
                 **result,
-                "tokens_per_s": num_rows * length / result["update_s"],
+                "tokens_per_s": int(length_n.sum()) / result["update_s"],
                 "flops_per_s": flops / result["update_s"],
                 "matmul_limit_flops_per_s": limit,
                 "fraction_of_matmul_limit": flops / result["update_s"] / limit,
@@ -77,18 +84,16 @@ def measure(
     config: llama.LlamaConfig,
     params: llama.Params,
     settings: LearnerSettings,
-    num_rows: int,
-    length: int,
     prompt: int,
+    sampled_n: np.ndarray,
     group: int,
     repeats: int,
 ) -> dict[str, float]:
     """Seconds of an update (the median) and of the first one, which compiles; of both kinds where there are groups."""
     learner = Learner(config, params, settings)
-    advantage_n = np.random.default_rng(0).normal(size=num_rows).astype(np.float32)
-    kinds = [
-        random_rows(config.vocab_size, num_rows, length, prompt, size) for size in ((group, 1) if group > 1 else (1,))
-    ]
+    advantage_n = np.random.default_rng(0).normal(size=len(sampled_n)).astype(np.float32)
+    groups = (group, 1) if group > 1 else (1,)
+    kinds = [random_rows(config.vocab_size, prompt, sampled_n, size) for size in groups]
     seconds, padding = np.zeros((1 + repeats, len(kinds))), np.zeros(len(kinds))
     for repeat, kind in np.ndindex(seconds.shape):
         start = time.perf_counter()
@@ -101,18 +106,18 @@ def measure(
         "update_s": update_s[0],
         "first_update_s": float(seconds[0, 0]),
         **compared,
-        "block_length": packing.block_length(length, minimum=settings.min_block_length),
+        "block_length": packing.block_length(settings.max_seq_len, minimum=settings.min_block_length),
         "padding_fraction": float(padding[0]),
     }
 
 
-def random_rows(vocab_size: int, num_rows: int, length: int, prompt: int, group: int) -> list[trajectory.Row]:
-    """Rows of random tokens, every `group` of them with the same prompt."""
+def random_rows(vocab_size: int, prompt: int, sampled_n: np.ndarray, group: int) -> list[trajectory.Row]:
+    """Rows of random tokens, every `group` of them with the same prompt, and so many sampled tokens each."""
     rng = np.random.default_rng(0)
-    prompts = rng.integers(vocab_size, size=(-(-num_rows // group), prompt)).tolist()
+    prompts = rng.integers(vocab_size, size=(-(-len(sampled_n) // group), prompt)).tolist()
     rows = []
-    for rollout in range(num_rows):
-        sampled = rng.integers(vocab_size, size=length - prompt).tolist()
+    for rollout, count in enumerate(sampled_n):
+        sampled = rng.integers(vocab_size, size=count).tolist()
         logprobs = np.full(len(sampled), -math.log(vocab_size), np.float32)
         call = trajectory.TokenCall(0, None, prompts[rollout // group], sampled, logprobs)
         rows += trajectory.build_rows([call], rollout)
@@ -153,6 +158,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=numbers, default=[16], help="rows of an update, separated by commas")
     parser.add_argument("--length", type=numbers, default=[256], help="tokens of a row, separated by commas")
     parser.add_argument("--prompt", type=int, help="tokens of a row that are its prompt, half of them by default")
+    parser.add_argument("--shortest", type=int, help="sampled tokens of the shortest row; as many as the others'")
     parser.add_argument("--group", type=int, default=1, help="rows that have the same prompt")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="float32 on CPU by default, bfloat16 elsewhere"
