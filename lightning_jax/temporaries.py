@@ -95,7 +95,7 @@ def update_bytes(
 def largest_micro_batch(learner: LearnerSettings, max_seq_len: int, sizes: tuple[int, int, int]) -> tuple[int, int]:
     """Blocks, those of all devices, and tokens of each."""
     length = packing.block_length(max_seq_len, minimum=learner.min_block_length)
-    blocks = packing.micro_batch_size(
+    blocks = packing.largest_micro_batch(
         learner.batch_size,
         learner.gradient_accumulation,
         limit=learner.most_blocks(length),

@@ -386,3 +386,24 @@ def test_rows_are_placed_no_more_often_than_can_pay(config, params, monkeypatch)
 
     assert divided(250) == [256, 256]
     assert len(divided(140)) > 2
+
+
+def test_little_of_a_batch_of_mixed_lengths_is_padding(config, params):
+    """Groups of 16 with prompts of 150 to 450 tokens; replies log-normal, half of them longer than 300 tokens."""
+    settings = dataclasses.replace(
+        SETTINGS, batch_size=512, max_seq_len=2500, min_block_length=256, gradient_accumulation=16
+    )
+    learner = Learner(config, params, settings)
+    padding = []
+    for seed in range(4):
+        rng, rows = np.random.default_rng(seed), []
+        for _ in range(32):
+            prompt_t = rng.integers(config.vocab_size, size=rng.integers(150, 450))
+            for reply in np.clip(rng.lognormal(np.log(300), 0.6, 16), 4, 2048).astype(int):
+                token_t = np.r_[prompt_t, rng.integers(config.vocab_size, size=reply)].astype(np.int32)
+                mask_t, nothing_t = np.arange(len(token_t)) >= len(prompt_t), np.zeros(len(token_t), np.float32)
+                rows.append(Row(token_t, mask_t, nothing_t, nothing_t + 1, len(rows)))
+        (step,) = learner._divide(rows, np.zeros(512, np.float32))
+        assert sum(batch.loss_mask_bt.sum() for batch in step) == sum(row.loss_mask.sum() for row in rows)
+        padding.append(np.mean([batch.segment_bt == 0 for batch in step]))
+    assert np.mean(padding) < 0.05, padding

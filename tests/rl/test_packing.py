@@ -1,5 +1,7 @@
 """Packing: nothing is lost, nothing is doubled, and shapes are few."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -103,8 +105,19 @@ def test_micro_batch_sizes_are_few_and_hold_their_share():
     assert set(sizes.values()) == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024}
     assert all(n <= size <= max(n + 1, 1.5 * n) for n, size in sizes.items())
     assert packing.micro_batch_size(64, 4, limit=100) == 16
-    assert packing.micro_batch_size(64, 1, limit=10) == 10
+    assert packing.micro_batch_size(64, 1, limit=10) == 8
+    assert packing.largest_micro_batch(64, 1, limit=10) == 10
     assert packing.micro_batch_size(5, 1, limit=100, multiple=8) == 8
+
+
+def test_micro_batches_are_smaller_where_that_leaves_less_padding():
+    assert packing.micro_batch_size(38, 4, limit=100) == 8  # five of them hold 40, four of 12 would hold 48
+    assert packing.micro_batch_size(38, 1, limit=100) == 48
+    assert packing.micro_batch_size(38, 4, limit=100, multiple=12) == 12
+    for blocks, parts, limit in itertools.product(range(1, 200), (1, 3, 4, 16), (1, 7, 24, 1000)):
+        largest = packing.largest_micro_batch(blocks, parts, limit=limit)
+        size = packing.micro_batch_size(blocks, parts, limit=limit)
+        assert largest / 2 <= size <= largest and -(-blocks // size) * size <= -(-blocks // largest) * largest
 
 
 def test_micro_batches_are_the_batch_and_padding():
