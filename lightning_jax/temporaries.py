@@ -71,6 +71,8 @@ def update_bytes(
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
     score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
+    if platform == "cpu" and length > attention.QUERY_CHUNK:
+        score_bytes = heads * attention.SCORE_BLOCK**2 * 4  # of one row and of one block after the other
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
     scores = (2.5 if platform == "cpu" else 3) * score_bytes
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores

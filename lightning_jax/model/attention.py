@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend
 
-# Longer rows are computed at most this many queries at a time, so that scores are [B, H, 512, T], never [B, H, T, T].
+# Longer rows are computed by blocks of at most so many queries and keys, so that scores are [B, H, T, T] nowhere.
 QUERY_CHUNK = 512
+SCORE_BLOCK = 256
 _QUERY_UNIT = 64  # and a multiple of so many
 NEAR_QUERIES = 32  # that are computed with the same keys, where rows hold many short sequences
 
@@ -81,16 +82,10 @@ def segment_attention(
         if reach is not None:
             return _near_attention(q_btkgh, k_bskh, v_bskh, query, sees, reach), cache
 
-        def chunk(q_btkgh: jax.Array, query: tuple[jax.Array, ...]) -> jax.Array:
-            return _masked_attention(q_btkgh, k_bskh, v_bskh, sees(query, segment_bt, position_bt))
-
-        b, t = segment_bt.shape
+        t = segment_bt.shape[1]
         if t <= QUERY_CHUNK or t % _QUERY_UNIT:
-            return chunk(q_btkgh, query), cache
-        length = max(n for n in range(_QUERY_UNIT, QUERY_CHUNK + 1, _QUERY_UNIT) if t % n == 0)
-        chunked = jax.tree.map(lambda x: x.reshape(b, -1, length, *x.shape[2:]).swapaxes(0, 1), (q_btkgh, query))
-        out = jax.lax.map(lambda of_chunk: jax.checkpoint(chunk, prevent_cse=False)(*of_chunk), chunked)
-        return out.swapaxes(0, 1).reshape(q_btkgh.shape), cache
+            return _masked_attention(q_btkgh, k_bskh, v_bskh, sees(query, segment_bt, position_bt)), cache
+        return _blockwise_attention(q_btkgh, k_bskh, v_bskh, query, sees), cache
 
     return attend
 
@@ -110,6 +105,114 @@ def _masked_attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, 
     weight_bkgts = jax.nn.softmax(score_bkgts, axis=-1).astype(v_bskh.dtype)
     out_bkxh = jnp.einsum("bkxs,bksh->bkxh", weight_bkgts.reshape(score_bkxs.shape), v_bksh)
     return jnp.moveaxis(out_bkxh.reshape(b, k, g, t, h), 3, 1)
+
+
+def _blockwise_attention(
+    q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, query: tuple[jax.Array, ...], sees: Callable
+) -> jax.Array:
+    """`_masked_attention` of long rows, in which no query sees a key behind it: a block of scores at a time."""
+    of_row = _row_attention(sees)
+
+    def attend(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, *query: jax.Array) -> jax.Array:
+        _, t, k, g, h = q_btkgh.shape
+        c = max(n for n in range(_QUERY_UNIT, SCORE_BLOCK + 1, _QUERY_UNIT) if t % n == 0)
+
+        def row(arrays: tuple) -> jax.Array:
+            q_tkgh, k_skh, v_skh, query = arrays
+            q_nkxh = jnp.moveaxis(q_tkgh.reshape(-1, c, k, g, h), 1, 3).reshape(-1, k, g * c, h)
+            k_nksh, v_nksh = (jnp.moveaxis(x_skh.reshape(-1, c, k, h), 1, 2) for x_skh in (k_skh, v_skh))
+            out_nkxh = of_row(q_nkxh, k_nksh, v_nksh, tuple(x_t.reshape(-1, c) for x_t in query))
+            return jnp.moveaxis(out_nkxh.reshape(-1, k, g, c, h), 3, 1).reshape(t, k, g, h)
+
+        return jax.lax.map(row, (q_btkgh, k_bskh, v_bskh, query))
+
+    rows, heads = mesh_lib.axes_of(q_btkgh.shape[0], "batch"), mesh_lib.axes_of(q_btkgh.shape[2], "kv_heads")
+    spec = PartitionSpec(rows, None, heads)
+    in_specs = (spec, spec, spec, *(PartitionSpec(rows) for _ in query))
+    return mesh_lib.on_each_device(attend, in_specs=in_specs, out_specs=spec)(q_btkgh, k_bskh, v_bskh, *query)
+
+
+def _row_attention(sees: Callable) -> Callable:
+    """Attention of one row of N blocks of c tokens, given as [N, K, G * c, h] and twice [N, K, c, h], with its [N, c].
+
+    FlashAttention-2 (https://arxiv.org/abs/2307.08691, algorithms 1 and 2) without the blocks in which nobody sees
+    anybody: forwards softmax is corrected as larger scores come, backwards the scores are computed anew.
+    """
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def mask_of(query_nc: tuple[jax.Array, ...], i: jax.Array, j: jax.Array) -> jax.Array:
+        of_query = [x_nc[i][None] for x_nc in query_nc]
+        return sees(of_query, query_nc[0][j][None], query_nc[1][j][None])[0]
+
+    def scores(q_kxh: jax.Array, k_ksh: jax.Array, mask_ts: jax.Array) -> jax.Array:
+        score_kxs = dot("kxh,ksh->kxs", q_kxh, k_ksh) * q_kxh.shape[-1] ** -0.5
+        score_kgts = score_kxs.reshape(len(score_kxs), -1, *mask_ts.shape)
+        return jnp.where(mask_ts, score_kgts, -jnp.inf).reshape(score_kxs.shape)
+
+    @jax.custom_vjp
+    def of_row(q_nkxh: jax.Array, k_nksh: jax.Array, v_nksh: jax.Array, query_nc: tuple[jax.Array, ...]) -> jax.Array:
+        return forward(q_nkxh, k_nksh, v_nksh, query_nc)[0]
+
+    def forward(q_nkxh: jax.Array, k_nksh: jax.Array, v_nksh: jax.Array, query_nc: tuple[jax.Array, ...]) -> tuple:
+        def of_queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                mask_ts = mask_of(query_nc, i, j)
+
+                def seen(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                    most_kx, sum_kx, out_kxh = carry
+                    score_kxs = scores(q_nkxh[i], k_nksh[j], mask_ts)
+                    new_kx = jnp.maximum(most_kx, score_kxs.max(axis=-1))
+                    kept_kx, weight_kxs = jnp.exp(most_kx - new_kx), jnp.exp(score_kxs - new_kx[..., None])
+                    more_kxh = dot("kxs,ksh->kxh", weight_kxs.astype(v_nksh.dtype), v_nksh[j])
+                    return new_kx, kept_kx * sum_kx + weight_kxs.sum(axis=-1), kept_kx[..., None] * out_kxh + more_kxh
+
+                return jax.lax.cond(mask_ts.any(), seen, lambda carry: carry, carry)
+
+            out_kxh = jnp.zeros(q_nkxh.shape[1:], jnp.float32)
+            begin = jnp.full_like(out_kxh[..., 0], jnp.finfo(jnp.float32).min), out_kxh[..., 0], out_kxh
+            most_kx, sum_kx, out_kxh = jax.lax.fori_loop(0, i + 1, of_keys, begin)
+            return (out_kxh / sum_kx[..., None]).astype(v_nksh.dtype), most_kx + jnp.log(sum_kx)
+
+        out_nkxh, logsum_nkx = jax.lax.map(of_queries, jnp.arange(len(q_nkxh)))
+        return out_nkxh, (q_nkxh, k_nksh, v_nksh, query_nc, out_nkxh, logsum_nkx)
+
+    def backward(saved: tuple, d_out_nkxh: jax.Array) -> tuple:
+        q_nkxh, k_nksh, v_nksh, query_nc, out_nkxh, logsum_nkx = saved
+        inner_nkx = (d_out_nkxh.astype(jnp.float32) * out_nkxh).sum(axis=-1)
+
+        def of_queries(d_keys: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple, jax.Array]:
+            q_kxh, d_out_kxh = q_nkxh[i], d_out_nkxh[i]
+
+            def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                d_q_kxh, d_k_nksh, d_v_nksh = carry
+                mask_ts = mask_of(query_nc, i, j)
+
+                def seen() -> tuple[jax.Array, ...]:
+                    weight_kxs = jnp.exp(scores(q_kxh, k_nksh[j], mask_ts) - logsum_nkx[i][..., None])
+                    d_weight_kxs = dot("kxh,ksh->kxs", d_out_kxh, v_nksh[j])
+                    d_score_kxs = weight_kxs * (d_weight_kxs - inner_nkx[i][..., None]) * q_kxh.shape[-1] ** -0.5
+                    d_score_kxs, weight_kxs = d_score_kxs.astype(q_kxh.dtype), weight_kxs.astype(q_kxh.dtype)
+                    d_k_ksh, d_v_ksh = (
+                        dot("kxs,kxh->ksh", d_score_kxs, q_kxh),
+                        dot("kxs,kxh->ksh", weight_kxs, d_out_kxh),
+                    )
+                    return dot("kxs,ksh->kxh", d_score_kxs, k_nksh[j]), d_k_ksh, d_v_ksh
+
+                nothing = jax.tree.map(jnp.zeros_like, (d_q_kxh, d_k_nksh[0], d_v_nksh[0]))
+                more_kxh, d_k_ksh, d_v_ksh = jax.lax.cond(mask_ts.any(), seen, lambda: nothing)
+                return d_q_kxh + more_kxh, d_k_nksh.at[j].add(d_k_ksh), d_v_nksh.at[j].add(d_v_ksh)
+
+            begin = jnp.zeros(q_kxh.shape, jnp.float32), *d_keys
+            d_q_kxh, *d_keys = jax.lax.fori_loop(0, i + 1, of_keys, begin)
+            return tuple(d_keys), d_q_kxh.astype(q_kxh.dtype)
+
+        nothing = jnp.zeros(k_nksh.shape, jnp.float32), jnp.zeros(v_nksh.shape, jnp.float32)
+        (d_k_nksh, d_v_nksh), d_q_nkxh = jax.lax.scan(of_queries, nothing, jnp.arange(len(q_nkxh)))
+        d_query = jax.tree.map(lambda x_nc: np.zeros(x_nc.shape, jax.dtypes.float0), query_nc)
+        return d_q_nkxh, d_k_nksh.astype(k_nksh.dtype), d_v_nksh.astype(v_nksh.dtype), d_query
+
+    of_row.defvjp(forward, backward)
+    return of_row
 
 
 def _near_attention(

@@ -47,7 +47,7 @@ def test_packed_sequences_do_not_see_each_other(lengths, padding, window):
 
 
 def test_gradients_of_long_rows_match_jax():
-    """1024 queries go through the chunked path, whose scores are recomputed in the backward pass."""
+    """1024 queries are computed by blocks, whose scores are recomputed in the backward pass."""
     q, k, v = qkv(1024)
     position = jnp.arange(1024)[None]
     attend = segment_attention(jnp.ones((1, 1024), jnp.int32), position)
@@ -56,6 +56,41 @@ def test_gradients_of_long_rows_match_jax():
     expected = jax.grad(lambda qkv: (alone(*qkv, None) * weight).sum())((q, k, v))
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "window", "dtype"),
+    [
+        ((200, 300, 60), [1, 2, 3, 0], None, jnp.float32),
+        ((200, 300, 60), [1, 2, 3, 0], 40, jnp.float32),
+        ((330, 90, 100, 30), [1, 1, 1, 4, 0], None, jnp.float32),
+        ((200, 300, 60), [1, 2, 3, 0], None, jnp.bfloat16),
+    ],
+)
+def test_long_rows_by_blocks_are_as_rows_whole(monkeypatch, lengths, prefix, window, dtype):
+    """Values and gradients of two rows of 576 tokens: in blocks, some of them seen by nobody, and in one piece."""
+    segment, position = (jnp.tile(x, (2, 1)) for x in packed(576, lengths))
+    prefix_bt = jnp.asarray(prefix)[segment - 1] if prefix[1] == 1 else None
+    for follower in (2, 3) if prefix_bt is not None else ():  # they go on where the prefix ends
+        position += jnp.where(segment == follower, lengths[0], 0)
+    real = (segment > 0)[..., None, None, None]
+    inputs = tuple(jnp.concatenate(pair).astype(dtype) for pair in zip(qkv(576), qkv(576, seed=1), strict=True))
+    weight = jax.random.normal(jax.random.key(9), (2, 576, K, G, h)) * real
+
+    def computed(inputs):
+        attend = segment_attention(segment, position, window, prefix_bt)
+        out, *gradients = value_and_gradients(
+            lambda *qkv: attend(*qkv, None)[0], inputs, weight.astype(inputs[0].dtype)
+        )
+        return out * real, *gradients
+
+    blocks = jax.jit(computed)(inputs)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 576)
+    whole = jax.jit(lambda inputs: computed(inputs))(tuple(x.astype(jnp.float32) for x in inputs))
+    tolerance = {"rtol": 0, "atol": 2e-5} if dtype == jnp.float32 else {"rtol": 0.05, "atol": 0.05}
+    for ours, expected in zip(blocks, whole, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(jnp.float32), expected, **tolerance)
 
 
 # Kernels against the plain path ---------------------------------------------------------------------------------------

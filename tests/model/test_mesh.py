@@ -23,18 +23,19 @@ from lightning_jax.model.attention import segment_attention
 
 folder = pathlib.Path(sys.argv[1])
 config, one = weights.load_model(folder)
-token_bt = jax.random.randint(jax.random.key(0), (8, 16), 0, config.vocab_size)
-position_bt = jnp.broadcast_to(jnp.arange(16), token_bt.shape)
+# 576 tokens are more than attention computes at once.
+batches = [jax.random.randint(jax.random.key(0), (8, t), 0, config.vocab_size) for t in (16, 576)]
 
 @jax.jit
 def loss_and_grad(params, token_bt):
+    position_bt = jnp.broadcast_to(jnp.arange(token_bt.shape[1]), token_bt.shape)
     def loss(params):
         attend = segment_attention(jnp.ones_like(token_bt), position_bt)
         x_btd, _ = llama.forward(params, config, token_bt, position_bt, attend, remat="full")
         return jax.nn.logsumexp(llama.unembed(params, config, x_btd), -1).mean()
     return jax.value_and_grad(loss)(params)
 
-expected = loss_and_grad(one, token_bt)
+expected = [loss_and_grad(one, token_bt) for token_bt in batches]
 init = lambda key: llama.init_params(config, key)
 init_one = jax.jit(init)(jax.random.key(3))
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -47,8 +48,8 @@ for sizes in ((8, 1, 1), (2, 2, 2)):
         part = params["layers"]["gate_df"].addressable_shards[0].data.size
         assert part * sizes[1] * sizes[2] == params["layers"]["gate_df"].size
         spec = mesh.partition_spec(devices, (8, 16), ("batch", None))
-        batch = jax.device_put(token_bt, jax.NamedSharding(devices, spec))
-        jax.tree.map(close, loss_and_grad(params, batch), expected)
+        batch = jax.device_put(batches, jax.NamedSharding(devices, spec))
+        jax.tree.map(close, [loss_and_grad(params, token_bt) for token_bt in batch], expected)
         made = jax.jit(init, out_shardings=shardings)(jax.random.key(3))
         jax.tree.map(close, made, init_one)
 print("all equal")
