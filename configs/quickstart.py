@@ -28,7 +28,7 @@ def get_config():
     config.sampler.prefill_chunk = 32
 
     config.agent.script = "scripts/agents/additions.py"
-    config.agent.nworkers = 16
+    config.agent.nworkers = 32  # half of them are between calls while the others fill the slots
     config.agent.rollout_timeout_s = 60.0
     config.data.train_file = "scripts/agents/data/additions_train.jsonl"
     config.data.test_file = "scripts/agents/data/additions_test.jsonl"
