@@ -171,10 +171,9 @@ def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax
     """Weights with those below the top-k and then the top-p threshold set to 0.
 
     Thresholds are found by bisection over the bits of the float, which order like integers for numbers >= 0: exact, in
-    as many passes as there are bits, with no sort.
+    as many passes as there are bits, with no sort; and only those that somebody asks for.
     """
     bits_bv = jax.lax.bitcast_convert_type(weight_bv, jnp.int32)
-    top_k_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
 
     def bisect(enough) -> jax.Array:
         """The highest threshold at which `enough(kept_bv) -> [B] bool` still holds."""
@@ -185,10 +184,17 @@ def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax
 
         return jax.lax.fori_loop(0, 31, step, jnp.zeros(weight_bv.shape[0], jnp.int32))
 
-    by_count_b = bisect(lambda kept_bv: jnp.sum(kept_bv, axis=-1, dtype=jnp.int32) >= top_k_b)
-    weight_bv = jnp.where(bits_bv >= by_count_b[:, None], weight_bv, 0.0)
-    goal_b = top_p_b * jnp.sum(weight_bv, axis=-1)
-    by_mass_b = bisect(lambda kept_bv: jnp.sum(jnp.where(kept_bv, weight_bv, 0.0), axis=-1) >= goal_b)
-    by_mass_b = jnp.minimum(by_mass_b, jnp.max(bits_bv, axis=-1))  # top_p 0 still keeps the likeliest
-    by_mass_b = jnp.where(top_p_b < 1.0, by_mass_b, 0)
-    return jnp.where(bits_bv >= by_mass_b[:, None], weight_bv, 0.0)
+    def by_count(weight_bv: jax.Array) -> jax.Array:
+        count_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
+        least_b = bisect(lambda kept_bv: jnp.sum(kept_bv, axis=-1, dtype=jnp.int32) >= count_b)
+        return jnp.where(bits_bv >= least_b[:, None], weight_bv, 0.0)
+
+    def by_mass(weight_bv: jax.Array) -> jax.Array:
+        goal_b = top_p_b * jnp.sum(weight_bv, axis=-1)
+        least_b = bisect(lambda kept_bv: jnp.sum(jnp.where(kept_bv, weight_bv, 0.0), axis=-1) >= goal_b)
+        least_b = jnp.minimum(least_b, jnp.max(bits_bv, axis=-1))  # top_p 0 still keeps the likeliest
+        least_b = jnp.where(top_p_b < 1.0, least_b, 0)
+        return jnp.where(bits_bv >= least_b[:, None], weight_bv, 0.0)
+
+    weight_bv = jax.lax.cond(jnp.any(top_k_b > 0), by_count, lambda weight_bv: weight_bv, weight_bv)
+    return jax.lax.cond(jnp.any(top_p_b < 1.0), by_mass, lambda weight_bv: weight_bv, weight_bv)
