@@ -70,7 +70,7 @@ def default_config() -> config_dict.ConfigDict:
     c.runtime = runtime = config_dict.ConfigDict()
     runtime.max_seq_len = 4096  # tokens of a conversation, prompt and replies together
     runtime.batch_size = 256  # trajectories per update: tasks per step x group_size
-    runtime.gradient_accumulation = 4  # micro-batches that one update's rows are split into
+    runtime.gradient_accumulation = 4  # micro-batches of an update; up to twice as many for less padding
     runtime.epochs = 1  # passes over the training tasks
     runtime.total_steps = 0  # updates after which to end; 0: when the epochs are over
     runtime.eval_interval = 50  # updates between evaluations; 0: only before the first and after the last
