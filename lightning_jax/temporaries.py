@@ -70,8 +70,8 @@ def update_bytes(
     params = param_bytes(trained, jnp.dtype(learner.compute_dtype), sizes)
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
-    score_bytes = blocks * heads * min(length, attention.QUERY_CHUNK) * length * 4
-    if platform == "cpu" and length > attention.QUERY_CHUNK:
+    score_bytes = blocks * heads * min(length, attention.LONGEST_DENSE) * length * 4
+    if platform == "cpu" and length > attention.LONGEST_DENSE:
         score_bytes = heads * attention.SCORE_BLOCK**2 * 4  # of one row and of one block after the other
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
     scores = (2.5 if platform == "cpu" else 3) * score_bytes
@@ -83,7 +83,7 @@ def update_bytes(
     saved = {
         "full": width,
         "dots": 3 * width + qkv + 2 * mlp + adapted,
-        None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.QUERY_CHUNK else 0),
+        None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.LONGEST_DENSE else 0),
     }[learner.remat]
     gradients = param_bytes(trained, jnp.dtype("float32"), sizes) + (3 * params if itemsize < 4 else 0)
     if platform != "cpu":

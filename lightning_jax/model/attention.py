@@ -17,10 +17,9 @@ from jax.sharding import PartitionSpec
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend
 
-# Longer rows are computed by blocks of at most so many queries and keys, so that scores are [B, H, T, T] nowhere.
-QUERY_CHUNK = 512
-SCORE_BLOCK = 256
-_QUERY_UNIT = 64  # and a multiple of so many
+LONGEST_DENSE = 512  # tokens of a row whose scores are all computed at once
+SCORE_BLOCK = 256  # the most queries and keys of a block of scores of a longer one
+_QUERY_UNIT = 64  # of which those are a multiple
 NEAR_QUERIES = 32  # that are computed with the same keys, where rows hold many short sequences
 
 
@@ -83,7 +82,7 @@ def segment_attention(
             return _near_attention(q_btkgh, k_bskh, v_bskh, query, sees, reach), cache
 
         t = segment_bt.shape[1]
-        if t <= QUERY_CHUNK or t % _QUERY_UNIT:
+        if t <= LONGEST_DENSE or t % _QUERY_UNIT:
             return _masked_attention(q_btkgh, k_bskh, v_bskh, sees(query, segment_bt, position_bt)), cache
         return _blockwise_attention(q_btkgh, k_bskh, v_bskh, query, sees), cache
 
@@ -252,8 +251,8 @@ def _near_attention(
 
 def takes_reach(reach: Reach, length: int) -> bool:
     """Whether rows of `length` tokens are faster with it than where every query meets all of its row."""
-    # More keys would be more scores at once than QUERY_CHUNK allows.
-    is_less = reach.keys <= min(QUERY_CHUNK, 0.75 * length)
+    # More keys would be more scores at once than LONGEST_DENSE allows.
+    is_less = reach.keys <= min(LONGEST_DENSE, 0.75 * length)
     return is_less and length % NEAR_QUERIES == 0 and mesh_lib.platform() == "cpu"
 
 
