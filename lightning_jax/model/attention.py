@@ -50,8 +50,8 @@ def segment_attention(
         sliding_window: how many positions a query sees, itself included; None for all.
         prefix_bt: [B, T] int32, the segment before it in the row that each token sees beside its own, or its own: what
             several sequences begin with is there once. None where no sequences share anything.
-        reach: one that `takes_reach`, of rows in which sequences with the same prefix stand together; None to let every
-            query meet all of its row.
+        reach: one that `takes_reach`, of rows in which sequences with the same prefix stand together; None to let a
+            query meet all of its row, or, of a long row, the blocks in which somebody sees somebody.
 
     A sequence's tokens stand in their row in the order of their positions, side by side but for what is shared, as
     packing puts them.
@@ -191,10 +191,8 @@ def _row_attention(sees: Callable) -> Callable:
                     d_weight_kxs = dot("kxh,ksh->kxs", d_out_kxh, v_nksh[j])
                     d_score_kxs = weight_kxs * (d_weight_kxs - inner_nkx[i][..., None]) * q_kxh.shape[-1] ** -0.5
                     d_score_kxs, weight_kxs = d_score_kxs.astype(q_kxh.dtype), weight_kxs.astype(q_kxh.dtype)
-                    d_k_ksh, d_v_ksh = (
-                        dot("kxs,kxh->ksh", d_score_kxs, q_kxh),
-                        dot("kxs,kxh->ksh", weight_kxs, d_out_kxh),
-                    )
+                    d_k_ksh = dot("kxs,kxh->ksh", d_score_kxs, q_kxh)
+                    d_v_ksh = dot("kxs,kxh->ksh", weight_kxs, d_out_kxh)
                     return dot("kxs,ksh->kxh", d_score_kxs, k_nksh[j]), d_k_ksh, d_v_ksh
 
                 nothing = jax.tree.map(jnp.zeros_like, (d_q_kxh, d_k_nksh[0], d_v_nksh[0]))
@@ -250,7 +248,7 @@ def _near_attention(
 
 
 def takes_reach(reach: Reach, length: int) -> bool:
-    """Whether rows of `length` tokens are faster with it than where every query meets all of its row."""
+    """Whether rows of `length` tokens are computed with it."""
     # More keys would be more scores at once than LONGEST_DENSE allows.
     is_less = reach.keys <= min(LONGEST_DENSE, 0.75 * length)
     return is_less and length % NEAR_QUERIES == 0 and mesh_lib.platform() == "cpu"

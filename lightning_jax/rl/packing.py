@@ -226,12 +226,14 @@ def micro_batch_size(num_blocks: int, num_micro_batches: int, *, limit: int, mul
     """Blocks of a micro-batch: the largest that there may be, or a smaller one, down to half of it, that saves 3%
     of the blocks, padding included. Arguments as of `largest_micro_batch`.
     """
+
+    def computed(size: int) -> int:
+        return -(-num_blocks // size) * size
+
     best = largest = largest_micro_batch(num_blocks, num_micro_batches, limit=limit, multiple=multiple)
-    least = -(-num_blocks // best) * best
     for size in range(largest - 1, (largest - 1) // 2, -1):
-        if size == _rounded_up(size) and size % multiple == 0:
-            if (computed := -(-num_blocks // size) * size) < 0.97 * least:
-                best, least = size, computed
+        if size == _rounded_up(size) and size % multiple == 0 and computed(size) < 0.97 * computed(best):
+            best = size
     return best
 
 

@@ -86,6 +86,7 @@ def test_long_rows_by_blocks_are_as_rows_whole(monkeypatch, lengths, prefix, win
 
     blocks = jax.jit(computed)(inputs)
     monkeypatch.setattr(attention, "LONGEST_DENSE", 576)
+    # Of `computed` itself JAX would take the program that it has.
     whole = jax.jit(lambda inputs: computed(inputs))(tuple(x.astype(jnp.float32) for x in inputs))
     tolerance = {"rtol": 0, "atol": 2e-5} if dtype == jnp.float32 else {"rtol": 0.05, "atol": 0.05}
     for ours, expected in zip(blocks, whole, strict=True):
