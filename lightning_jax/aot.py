@@ -1,6 +1,6 @@
 """The learner's and the sampler's programs compiled from shapes alone, for devices that need not be there.
 
-`described_mesh` makes a mesh of TPU chips that are only described; libtpu, the TPU compiler, runs on any x86 machine.
+`described_mesh` makes a mesh of TPU chips or GPUs that are only described; their compilers run on any x86 machine.
 `compile_learner` and `compile_decode` lower what `rl.learner` and `sampler.executor` run, with the same shardings.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax import hlo_costs
+from lightning_jax import gpu, hlo_costs
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
 from lightning_jax.rl import offload, packing, update
@@ -44,20 +44,13 @@ class SamplerShapes:
 
 
 def described_mesh(topology: str, *, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """A mesh of the chips of a TPU topology such as "v5e:4x4"; programs can be compiled for it, not run.
+    """A mesh of a TPU topology's chips, such as "v5e:4x4", or of GPUs, "h100:8"; to compile programs for, not to run.
 
     Raises:
-        InvalidConfigError: there is no TPU compiler, it does not know the topology, or the chips are fewer.
+        InvalidConfigError: there is no such compiler, it does not know the topology, or the chips are fewer.
     """
-    # Else libtpu asks the cloud's metadata server which machine this is, and wants to be the only one of it.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-    devices = _described_devices(topology)
+    kind, _, size = topology.partition(":")
+    devices = _described_chips(topology) if kind.startswith("v") else gpu.described_devices(kind, int(size or 1))
     count = data * fsdp * tensor
     if count > len(devices):
         raise InvalidConfigError(
@@ -67,10 +60,18 @@ def described_mesh(topology: str, *, data: int, fsdp: int, tensor: int) -> jax.s
     return jax.make_mesh((data, fsdp, tensor), mesh_lib.AXES, axis_types=axis_types, devices=devices[:count])
 
 
-def _described_devices(topology: str) -> list[Any]:
-    """The devices of a topology, in JAX's experimental interface, which only this function uses."""
+def _described_chips(topology: str) -> list[Any]:
+    """The chips of a TPU topology, in JAX's experimental interface, which only this function and `gpu` use."""
     from jax.experimental import topologies
 
+    # Else libtpu asks the cloud's metadata server which machine this is, and wants to be the only one of it.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings(action="ignore"):
             return list(topologies.get_topology_desc(topology, platform="tpu").devices)
@@ -238,10 +239,10 @@ def kept_bytes(
 def kernel_costs(
     config: llama.LlamaConfig, shapes: SamplerShapes, mesh: jax.sharding.Mesh, *, blocks: int, length: int
 ) -> dict[str, hlo_costs.Kernel]:
-    """One call's cost, on a device, of the TPU kernels that the programs use, of which the compiler knows nothing.
+    """One call's cost, on a device, of the kernels that the programs use, of which the compiler knows nothing.
 
-    Splash: half of a square of scores, two products forward and five backward (arXiv:2205.14135), each array read or
-    written once. Ragged paged attention: the pages are full, and all of them are read.
+    Splash and cuDNN: half of a square of scores, two products forward and five backward (arXiv:2205.14135), each array
+    read or written once. Paged attention: the pages are full, and all of them are read.
     """
 
     def local(size: int, axis: str) -> int:
@@ -255,8 +256,13 @@ def kernel_costs(
     arrays = rows * length * token_bytes
     kv_bytes = shapes.num_pages * shapes.page_size * 2 * kv_heads * config.head_dim * jnp.dtype(shapes.dtype).itemsize
     tokens = shapes.num_pages * shapes.page_size
+    forward, backward = hlo_costs.Kernel(2 * product, arrays), hlo_costs.Kernel(5 * product, 2 * arrays)
+    paged = hlo_costs.Kernel(4 * tokens * heads * config.head_dim, kv_bytes)
     return {
-        "splash_mha_fwd": hlo_costs.Kernel(2 * product, arrays),
-        "splash_mha_dkv": hlo_costs.Kernel(5 * product, 2 * arrays),
-        "ragged_paged_attention": hlo_costs.Kernel(4 * tokens * heads * config.head_dim, kv_bytes),
+        "splash_mha_fwd": forward,
+        "splash_mha_dkv": backward,
+        "dot_product_attention_fwd": forward,
+        "dot_product_attention_bwd": backward,
+        "ragged_paged_attention": paged,
+        "paged_attention": paged,
     }

@@ -1,8 +1,8 @@
 """What a compiled program does, read from its optimised HLO text: arithmetic, memory traffic, collectives.
 
 `Compiled.cost_analysis()` counts the body of a loop once, and a model's layers are a loop. Here every computation is
-counted as often as it runs: a loop whose condition compares a counter with a constant runs that often (scans and maps
-are such), any other once, so that the cost of a decode round is that of one of its steps.
+counted as often as it runs: a loop of which the compiler knows how often, or whose condition compares a counter with a
+constant (scans and maps are such), any other once, so that the cost of a decode round is that of one of its steps.
 
 Memory traffic is what top-level instructions read and write, each array once, a sliced one by its slice; arrays that
 the compiler keeps in a TPU's vector memory (layout `S(1)`) are free. It is an estimate: fusions may read less.
@@ -18,6 +18,7 @@ _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "s4": 0.5, "u4
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$\w+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # These move nothing, or are counted where they are used.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -133,6 +134,13 @@ def _memory_bytes(type_: str) -> float:
     return sum(size for _, size, in_memory in _shapes(type_) if in_memory)
 
 
+def _kernel_name(x: _Instruction) -> str:
+    """Of a custom kernel; of Pallas's for GPU, which are all `pallas_call`, what it was called there."""
+    name = x.name.rstrip("0123456789.")
+    pallas = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call"', x.rest)
+    return pallas.group(1) if pallas and name == "pallas_call" else name
+
+
 class _Walk:
     """Adds up the costs of computations, each as often as it runs."""
 
@@ -151,7 +159,7 @@ class _Walk:
                 self.costs.flops += times * _convolution_flops(x, computation)
             elif x.opcode == "dot":
                 self.costs.flops += times * _dot_flops(x, computation)
-            if 'custom_call_target="tpu_custom_call"' in x.rest:
+            if _KERNEL.search(x.rest):
                 self._count_kernel(x, times)
             if not fused:
                 self.costs.bytes += times * self._bytes(x, computation)
@@ -159,7 +167,9 @@ class _Walk:
 
     def _callees(self, x: _Instruction, times: int, fused: bool) -> None:
         if x.opcode == "while":
-            self.visit(x.called("body"), times * self._trips(x.called("condition")), fused=fused)
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.rest)
+            trips = int(known.group(1)) if known else self._trips(x.called("condition"))
+            self.visit(x.called("body"), times * trips, fused=fused)
         elif x.opcode == "fusion":
             self.visit(x.called("calls"), times, fused=True)
         elif x.opcode == "conditional":
@@ -212,7 +222,7 @@ class _Walk:
         if x.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _memory_bytes(operand_types[1 if x.opcode == "dynamic-update-slice" else 2])
         if x.opcode == "custom-call":
-            if 'custom_call_target="tpu_custom_call"' not in x.rest:
+            if not _KERNEL.search(x.rest):
                 return 0.0  # the compiler's own marks
             if cost := self._cost(x):
                 return cost.bytes
@@ -223,13 +233,13 @@ class _Walk:
         return _memory_bytes(x.type) + sum(map(_memory_bytes, operand_types))
 
     def _count_kernel(self, x: _Instruction, times: int) -> None:
-        name = x.name.rstrip("0123456789.")
+        name = _kernel_name(x)
         self.costs.kernels[name] = self.costs.kernels.get(name, 0) + times
         if cost := self._cost(x):
             self.costs.flops += times * cost.flops
 
     def _cost(self, x: _Instruction) -> Kernel | None:
-        return next((cost for prefix, cost in self._kernels.items() if x.name.startswith(prefix)), None)
+        return next((cost for prefix, cost in self._kernels.items() if _kernel_name(x).startswith(prefix)), None)
 
     def _read(self, name: str, index: int, type_: str) -> float:
         """Bytes that a fusion reads of its operand: only the slices, where nothing else is used of it."""

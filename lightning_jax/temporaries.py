@@ -62,7 +62,7 @@ def update_bytes(
     copies, shards, ways = sizes
     blocks, length = largest_micro_batch(learner, max_seq_len, sizes)
     blocks //= copies * shards
-    chunk = losses.chunk_length(blocks * length, model.vocab_size)
+    chunk = losses.chunk_length(blocks * length, model.vocab_size, platform)
     tokens, width = blocks * length, model.hidden_size
     heads, qkv, mlp, vocab = _shares(model, ways)
     itemsize = jnp.dtype(learner.compute_dtype).itemsize

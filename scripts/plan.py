@@ -3,8 +3,9 @@
     python scripts/plan.py --model llama3.1-8b --topology v5e:4x4 --mesh 1,4,4
 
 The learner's and the sampler's real programs are compiled from shapes alone. For TPU that takes the `libtpu` package,
-which runs on any x86 Linux machine; for `cpu:N` nothing else. For GPU (`h100:8`) the memory is estimated from shapes,
-since GPU programs cannot be compiled without one; temporaries are taken to be as those compiled for TPU.
+which runs on any x86 Linux machine; for `h100:N` JAX's CUDA packages, the extra `cuda12`, and no GPU; for `cpu:N`
+nothing else. For other GPUs (`a100:8`), and without those packages, the memory is estimated from shapes; temporaries
+are taken to be as those compiled for TPU.
 
 Every figure is read from a compiled program, or is a chip's published limit; none is measured. "At least" is the
 longest of arithmetic, memory traffic and collectives at the published peak rates: no real step is faster.
@@ -89,7 +90,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     """Everything, as plain numbers; bytes, FLOPs and seconds are of one chip."""
     import jax
 
-    from lightning_jax import aot, temporaries
+    from lightning_jax import aot, gpu, temporaries
     from lightning_jax import mesh as mesh_lib
     from lightning_jax.model.lora import Trainable
     from lightning_jax.model.shapes import named_shape
@@ -100,7 +101,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     data, fsdp, tensor = mesh_shape
     if kind == "cpu":
         mesh = mesh_lib.make_mesh(*mesh_shape)
-    elif kind.startswith("v"):
+    elif kind.startswith("v") or (kind == "h100" and gpu.has_compiler()):
         mesh = aot.described_mesh(args.topology, data=data, fsdp=fsdp, tensor=tensor)
     else:
         device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
@@ -130,7 +131,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
         "memory_bytes": chip and chip.memory_bytes,
     }
     programs = {}
-    if kind in ("cpu",) or kind.startswith("v"):
+    if isinstance(mesh, jax.sharding.Mesh):
         compiled = aot.compile_learner(config, settings, mesh, blocks=blocks, length=args.seq_len)
         compiled |= aot.compile_decode(config, sampler, mesh)
         kernels = aot.kernel_costs(config, sampler, mesh, blocks=blocks, length=args.seq_len)

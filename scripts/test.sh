@@ -31,6 +31,14 @@ if "$VENV_PYTHON" -c "import torch" 2>/dev/null; then
     install_packages oracles --no-deps verl==0.9.1 peft==0.21.2 accelerate==1.15.0
 fi
 
+# The compiler for NVIDIA's GPUs, which needs none. In a folder of its own: only the test that compiles with it sees it,
+# and JAX looks for no GPU in the others.
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+    JAX=$("$VENV_PYTHON" -c 'import jax; print(jax.__version__)')
+    install_packages gpu-compiler --no-deps --upgrade --target "$VENV/gpu-compiler" \
+        "jax-cuda12-pjrt==$JAX" "jax-cuda12-plugin==$JAX" "nvidia-cuda-nvcc-cu12==12.9.86"
+fi
+
 # Two processes, each with whole files, so that a file's tests share what they compiled; in the order in which they are
 # found, since files of few tests are the slowest ones. A process that crashes is an error and ends the run: the tests
 # that it had left would never be run by another. -n 0 runs all in one process.

@@ -1,5 +1,5 @@
-"""Programs compiled for TPUs that are not there, and what is read from them. In processes of their own: libtpu stays
-out of the tests' own."""
+"""Programs compiled for TPUs and GPUs that are not there, and what is read from them. In processes of their own: their
+compilers stay out of the tests' own."""
 
 import importlib.util
 import json
@@ -16,11 +16,15 @@ from lightning_jax import hlo_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
+GPU_COMPILER = Path(sys.prefix) / "gpu-compiler"  # where scripts/test.sh puts it
+needs_gpu_compiler = pytest.mark.skipif(
+    not GPU_COMPILER.is_dir(), reason="needs JAX's CUDA packages, which scripts/test.sh installs for Linux on x86"
+)
 
 
-def plan(*flags):
+def plan(*flags, **environment):
     command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, which is there for Linux on x86 (the dev extra)")
@@ -38,6 +42,51 @@ def test_learner_and_decode_compile_for_tpu_with_its_kernels():
     assert sum(n for name, n in learner.items() if name.startswith("splash_mha_dkv")) == 4
     assert decode == {"ragged_paged_attention_kernel": 4}
     assert programs["accumulate"]["collectives"] and programs["accumulate"]["seconds"] > 0
+
+
+@needs_gpu_compiler
+def test_learner_and_decode_compile_for_gpu_with_its_kernel():
+    """Without cuDNN, which would be a gigabyte more; `tests/model/test_attention.py` looks at calls to it."""
+    flags = "--model=tiny", "--topology=h100:2", "--mesh=1,1,2", "--seq_len=256", "--slots=8", "--json"
+    done = plan(*flags, PYTHONPATH=str(GPU_COMPILER))
+    assert not done.returncode, done.stderr
+    told = json.loads(done.stdout)
+    assert told["fits"] and told["programs"]["decode"]["kernels"] == {"paged_attention": 4}
+    assert told["programs"]["accumulate"]["collectives"] and told["programs"]["accumulate"]["seconds"] > 0
+
+
+FOR_H100 = r"""
+import dataclasses, re
+from lightning_jax import aot
+from lightning_jax.model.shapes import named_shape
+
+config = dataclasses.replace(named_shape("llama3.2-1b"), num_layers=2)
+mesh = aot.described_mesh("h100:1", data=1, fsdp=1, tensor=1)
+shapes = aot.SamplerShapes(rows=64, length=384, num_pages=64 * 24, page_size=16, steps=8, dtype="bfloat16")
+compiled = aot.compile_decode(config, shapes, mesh)["decode"]
+text = compiled.as_text()
+page = re.escape(f"bf16[{shapes.num_pages + 1},16,8,64]") + "|" + re.escape(f"bf16[{16 * (shapes.num_pages + 1)},8,64]")
+
+# Nobody copies, gathers or turns round a cache: pages are written where they are, and read by the kernel alone.
+assert re.search(page, text)
+assert not re.search(rf"= ({page})\S* (copy|transpose|convert|gather)\(", text)
+assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 2 * shapes.num_pages * 16 * 8 * 64 * 2
+assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+
+# A step: 13 kernels in a layer, no loop but in the filters' branch, which few steps take.
+body = re.search(r" while\(.*?body=%([\w.]+)", text[text.index("ENTRY"):]).group(1)
+lines = re.search(rf"\n%{re.escape(body)} \(.*?\n}}", text, re.DOTALL).group().splitlines()
+layers = [line for line in lines if "jit(block)" in line and re.search(r" (fusion|custom-call|copy)\(", line)]
+assert len(layers) == 26, len(layers)
+assert not any(" while(" in line for line in lines)
+"""
+
+
+@needs_gpu_compiler
+def test_a_decode_step_on_an_h100_is_few_kernels_and_copies_no_cache():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
+    done = subprocess.run([sys.executable, "-c", FOR_H100], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
 
 
 def test_memory_on_a_gpu_is_told_without_one():

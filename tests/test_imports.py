@@ -28,6 +28,7 @@ FLOORS = {
     "lightning_jax.command_line": 3,  # of config's floor, but built on it
     "lightning_jax.data": 3,  # of store's floor, but built on it
     "lightning_jax.hlo_costs": 1,
+    "lightning_jax.gpu": 1,
     "lightning_jax.mesh": 3,
     "lightning_jax.compiler": 4,
     "lightning_jax.processes": 3,

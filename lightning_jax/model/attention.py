@@ -5,7 +5,6 @@
 """
 
 import functools
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lightning_jax import gpu
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend
 
@@ -276,20 +276,15 @@ def _kernel(q_btkgh: jax.Array) -> Callable | None:
     platform, (_, t, _, _, h) = mesh_lib.platform(), q_btkgh.shape
     if platform == "tpu" and t % _SPLASH_UNIT == 0:
         return splash_attention
-    if platform == "gpu" and _cudnn_takes(q_btkgh.dtype, t, h) and _has_cudnn():
+    if platform == "gpu" and _cudnn_takes(q_btkgh.dtype, t, h):
         return cudnn_attention
     return None
 
 
 def _cudnn_takes(dtype: jnp.dtype, t: int, h: int) -> bool:
     """Whether its flash kernel does, with a bias and a backward pass; wider heads it takes on some GPUs alone."""
-    return dtype in (jnp.bfloat16, jnp.float16) and t % 2 == 0 and h % 8 == 0 and h <= 128
-
-
-def _has_cudnn() -> bool:
-    """Whether this process's GPU is NVIDIA's, and of Ampere's generation (8.0) or later as the kernel is."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
-    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+    takes = dtype in (jnp.bfloat16, jnp.float16) and t % 2 == 0 and h % 8 == 0 and h <= 128
+    return takes and gpu.compute_capability() >= 8.0 and gpu.has_cudnn()  # the kernel is of Ampere's generation
 
 
 _SPLASH_UNIT = 128  # a block's tokens are a multiple of the TPU's lanes

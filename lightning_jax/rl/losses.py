@@ -13,9 +13,9 @@ import numpy as np
 from lightning_jax import mesh
 from lightning_jax.model import llama
 
-# Logits of one chunk, [chunk, V] float32: 256 MB. Smaller chunks add the [D, V] gradient up more often than the
-# matrix product takes; larger ones cost memory and gain nothing.
-_CHUNK_LOGITS = 1 << 26
+# Logits of one chunk, [chunk, V] float32: 256 MB, on GPU 1 GB. Smaller chunks add the [D, V] gradient up more often
+# than the matrix product takes, which on GPU is sooner done; larger ones cost memory and gain nothing.
+_CHUNK_LOGITS, _GPU_CHUNK_LOGITS = 1 << 26, 1 << 28
 _SMALL_CHUNK = 1024  # tokens, which are not divided to skip some of them
 
 # exp() of a larger difference of log-probs says nothing more and overflows float32 at 88.
@@ -44,7 +44,7 @@ def token_logprobs(
         token_bt: [B, T] int32, the tokens that `x_btd` was computed of.
         temperature_bt: [B, T] float32, that each token was sampled with; 0 (greedy) counts as 1.
         wanted_bt: [B, T] bool.
-        chunk: tokens at a time, a divisor of a device's B * T; by default, what keeps logits under 256 MB.
+        chunk: tokens at a time, a divisor of a device's B * T; by default `chunk_length`.
 
     Returns:
         logprob_bt: [B, T] float32, nats; 0 where the token is not wanted, and at position 0.
@@ -58,7 +58,7 @@ def token_logprobs(
 def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, config, chunk):
     """`token_logprobs` on one device, of its rows; their tokens are one axis, `N`, and those of a chunk `C`."""
     b, t = token_bt.shape
-    chunk = chunk or chunk_length(b * t, config.vocab_size)
+    chunk = chunk or chunk_length(b * t, config.vocab_size, mesh.platform())
     temperature_bt = jnp.where(temperature_bt == 0, 1.0, temperature_bt)
     wanted_bt &= jnp.arange(t) > 0
     # What is known of the next token, at the position of the hidden state that predicts it.
@@ -97,10 +97,10 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
         return tuple(jnp.where(wanted_bt, jnp.roll(x.reshape(b, t), 1, axis=1), 0.0) for x in scores)
 
 
-def chunk_length(num_tokens: int, vocab_size: int) -> int:
+def chunk_length(num_tokens: int, vocab_size: int, platform: str) -> int:
     """The largest part of so many tokens that keeps a chunk's logits within bounds and leaves some chunks to skip."""
-    count = 1
-    while num_tokens // count > _CHUNK_LOGITS // vocab_size or (count < 4 and num_tokens // count > _SMALL_CHUNK):
+    count, most = 1, (_GPU_CHUNK_LOGITS if platform == "gpu" else _CHUNK_LOGITS) // vocab_size
+    while num_tokens // count > most or (count < 4 and num_tokens // count > _SMALL_CHUNK):
         count = next(n for n in range(count + 1, num_tokens + 1) if num_tokens % n == 0)
     return num_tokens // count
 

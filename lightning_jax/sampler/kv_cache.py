@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import Attend, LlamaConfig
-from lightning_jax.sampler import ragged_pages
+from lightning_jax.sampler import paged_attention, ragged_pages
 from lightning_jax.sampler.ragged_pages import RaggedPages
 
 BLOCK_TOKENS = 64  # keys that prefill attends to at a time
@@ -131,7 +131,7 @@ def prefill_attention(
 
     Returns:
         An `attend` for `llama.forward` of all tokens in one column, [B * T, 1], whose cache is a list of `Pages`, or of
-        `RaggedPages`, over which a TPU kernel computes the same.
+        `RaggedPages`. Over these a TPU kernel computes the same, and over `Pages` a GPU kernel.
     """
     end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
 
@@ -142,6 +142,12 @@ def prefill_attention(
             pages = write_copies(pages, copies, k_btkh, v_btkh)
         if isinstance(pages, RaggedPages):
             out_btkgh = ragged_pages.attention(q_btkgh, pages, page_table_bp, position_bt[:, 0], sliding_window)
+            return out_btkgh.reshape(q_n1kgh.shape), pages
+        if mesh_lib.platform() == "gpu" and paged_attention.fits(q_n1kgh.shape[-1], pages.k.dtype):
+            length_b = jnp.sum(valid_bt, axis=1, dtype=jnp.int32)
+            out_btkgh = paged_attention.attention(
+                q_btkgh, *pages, page_table_bp, position_bt[:, 0], length_b, sliding_window
+            )
             return out_btkgh.reshape(q_n1kgh.shape), pages
         page_size = pages.k.shape[1]
         block_pages = max(1, BLOCK_TOKENS // page_size)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lightning_jax import gpu
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import attention
 from lightning_jax.model.attention import segment_attention
@@ -173,7 +174,7 @@ def with_cudnn(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(gpu, "has_cudnn", lambda: True)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -191,12 +192,19 @@ def test_what_cudnn_does_not_take_goes_the_plain_path(with_cudnn, unsuited):
 
 
 @pytest.mark.parametrize(
-    "capability, has", [("9.0", True), ("10.3", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
+    "capability, number", [("9.0", 9.0), ("10.3", 10.3), ("8.0", 8.0), ("7.5", 7.5), ("gfx942", 0.0)]
 )
-def test_gpus_that_have_the_kernel(monkeypatch, capability, has):
+def test_what_gpus_can(monkeypatch, capability, number):
     device = type("Device", (), {"compute_capability": capability})()
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert attention._has_cudnn() is has
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert gpu.compute_capability() == number
+
+
+@pytest.mark.parametrize("capability, called", [(8.0, True), (7.5, False)])
+def test_cudnn_is_called_from_ampere_on(with_cudnn, monkeypatch, capability, called):
+    monkeypatch.setattr(gpu, "compute_capability", lambda: capability)
+    assert ("@__cudnn" in lowered_for_gpu(jnp.bfloat16)) is called
 
 
 def test_without_cudnn_a_gpu_goes_the_plain_path():
