@@ -62,13 +62,22 @@ def draw(
     x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array, uniform_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`sample` of what `temper` returned."""
-    max_b1, weight_bv = _weights(x_bv, temperature_b, top_k_b, top_p_b)
-    drawn_b, total_b = _invert_cdf(weight_bv, uniform_b)
-    vocab = jnp.arange(x_bv.shape[-1], dtype=jnp.int32)
-    likeliest_b = jnp.min(jnp.where(x_bv == max_b1, vocab, vocab.size - 1), axis=-1)
-    token_b = jnp.where(temperature_b <= 0.0, likeliest_b, drawn_b)
-    chosen_b = jnp.take_along_axis(x_bv, token_b[:, None], axis=-1)[:, 0]
-    return token_b, chosen_b - max_b1[:, 0] - jnp.log(total_b)
+    x_bv = _filtered(x_bv, temperature_b, top_k_b, top_p_b)
+    x_bnm = _in_blocks(x_bv)
+    most_bn, sum_bn = _block_sums(x_bnm)
+    most_b = jnp.max(most_bn, axis=-1)
+    sum_bn *= jnp.exp(most_bn - most_b[:, None])
+    passed_bn = jnp.cumsum(sum_bn, axis=-1)
+
+    # The block in which the running sum passes the threshold, or the first with a largest entry, and the entry in it.
+    threshold_b, greedy_b = uniform_b * passed_bn[:, -1], temperature_b <= 0.0
+    block_b = jnp.where(greedy_b, jnp.argmax(most_bn, axis=-1), _first_above(passed_bn, sum_bn, threshold_b))
+    before_b, block_most_b = (_entry(x_bn, block_b) for x_bn in (passed_bn - sum_bn, most_bn))
+    x_bm = jnp.take_along_axis(x_bnm, block_b[:, None, None], axis=1)[:, 0]
+    weight_bm = jnp.exp(x_bm - block_most_b[:, None]) * jnp.exp(block_most_b - most_b)[:, None]
+    drawn_b = _first_above(jnp.cumsum(weight_bm, axis=-1), weight_bm, threshold_b - before_b)
+    inner_b = jnp.where(greedy_b, jnp.argmax(x_bm, axis=-1), drawn_b)
+    return block_b * x_bm.shape[-1] + inner_b, _entry(x_bm, inner_b) - most_b - jnp.log(passed_bn[:, -1])
 
 
 def rank(
@@ -80,9 +89,11 @@ def rank(
         token_bn: [B, count] int32, likeliest first.
         logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
     """
-    max_b1, weight_bv = _weights(x_bv, temperature_b, top_k_b, top_p_b)
-    top_bn, token_bn = jax.lax.top_k(jnp.where(weight_bv > 0.0, x_bv, -jnp.inf), count)
-    return token_bn, top_bn - max_b1 - jnp.log(jnp.sum(weight_bv, axis=-1, keepdims=True))
+    x_bv = _filtered(x_bv, temperature_b, top_k_b, top_p_b)
+    top_bn, token_bn = jax.lax.top_k(x_bv, count)
+    relative_bn = top_bn - top_bn[:, :1]
+    total_b1 = jnp.sum(jnp.exp(x_bv - top_bn[:, :1]), axis=-1, keepdims=True)
+    return token_bn, jnp.where(jnp.exp(relative_bn) > 0.0, relative_bn - jnp.log(total_b1), -jnp.inf)
 
 
 class Penalties(NamedTuple):
@@ -120,41 +131,37 @@ def _unpack(bits_bw: jax.Array, vocab_size: int) -> jax.Array:
     return bits_bwn.reshape(bits_bw.shape[0], -1)[:, :vocab_size] > 0
 
 
-def _weights(
-    x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The largest of each row, [B, 1], and what tokens are drawn by, [B, V], 1 for the likeliest."""
-    max_b1 = jnp.max(x_bv, axis=-1, keepdims=True)
-    weight_bv = jnp.exp(x_bv - max_b1)
+def _filtered(x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
+    """-inf for tokens that top-k and top-p leave out."""
     filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & (temperature_b > 0.0)
-    weight_bv = jax.lax.cond(
-        jnp.any(filtered_b),
-        lambda w: jnp.where(filtered_b[:, None], _filter(w, top_k_b, top_p_b), w),
-        lambda w: w,
-        weight_bv,
-    )
-    return max_b1, weight_bv
+
+    def some(x_bv: jax.Array) -> jax.Array:
+        weight_bv = jnp.exp(x_bv - jnp.max(x_bv, axis=-1, keepdims=True))
+        kept_bv = _filter(weight_bv, top_k_b, top_p_b) > 0.0
+        return jnp.where(kept_bv | ~filtered_b[:, None], x_bv, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(filtered_b), some, lambda x_bv: x_bv, x_bv)
 
 
-def _invert_cdf(weight_bv: jax.Array, uniform_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token at which the running sum of weights passes `uniform_b` of their total, and the total.
-
-    In two levels: the block in which that happens, from the blocks' sums, then the token in it. A token of weight 0 is
-    never returned.
-    """
-    b, v = weight_bv.shape
-    size = 1 << ((v - 1).bit_length() + 1) // 2  # about sqrt(v)
+def _in_blocks(x_bv: jax.Array) -> jax.Array:
+    """[B, N, M] of a row, N and M about the root of V; filled up with -inf."""
+    b, v = x_bv.shape
+    size = 1 << ((v - 1).bit_length() + 1) // 2
     blocks = -(-v // size)
-    weight_bnm = jnp.pad(weight_bv, ((0, 0), (0, blocks * size - v))).reshape(b, blocks, size)
-    sum_bn = jnp.sum(weight_bnm, axis=-1)
-    passed_bn = jnp.cumsum(sum_bn, axis=-1)
-    total_b = passed_bn[:, -1]
-    threshold_b = uniform_b * total_b
-    block_b1 = _first_above(passed_bn, sum_bn, threshold_b)[:, None]
-    before_b = jnp.take_along_axis(passed_bn - sum_bn, block_b1, axis=-1)[:, 0]
-    weight_bm = jnp.take_along_axis(weight_bnm, block_b1[:, :, None], axis=1)[:, 0]
-    inner_b = _first_above(jnp.cumsum(weight_bm, axis=-1), weight_bm, threshold_b - before_b)
-    return block_b1[:, 0] * size + inner_b, total_b
+    return jnp.pad(x_bv, ((0, 0), (0, blocks * size - v)), constant_values=-jnp.inf).reshape(b, blocks, size)
+
+
+def _block_sums(x_bnm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each block's largest entry (finite, also where there is none) and its sum of exponentials beside that, [B, N].
+
+    So a GPU reads the logits once.
+    """
+    most_bn = jnp.maximum(jnp.max(x_bnm, axis=-1), jnp.finfo(x_bnm.dtype).min)
+    return most_bn, jnp.sum(jnp.exp(x_bnm - most_bn[..., None]), axis=-1)
+
+
+def _entry(x_bn: jax.Array, index_b: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_bn, index_b[:, None], axis=-1)[:, 0]
 
 
 def _first_above(cumulative_bn: jax.Array, weight_bn: jax.Array, threshold_b: jax.Array) -> jax.Array:
