@@ -9,6 +9,14 @@ source scripts/environment.sh
 make_environment
 install_packages tests --editable ".[server,dev,clients,ray]"
 
+# The compiler for NVIDIA's GPUs, which needs none. In a folder of its own: only the test that compiles with it sees it,
+# and JAX looks for no GPU in the others.
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+    JAX=$("$VENV_PYTHON" -c 'import jax; print(jax.__version__)')
+    install_packages gpu-compiler --no-deps --upgrade --target "$VENV/gpu-compiler" \
+        "jax-cuda12-pjrt==$JAX" "jax-cuda12-plugin==$JAX" "nvidia-cuda-nvcc-cu12==12.9.86"
+fi
+
 # PyTorch is what transformers, the reference of many tests, computes with. The product never imports it. These tests
 # are skipped where it is missing, so on Python 3.11, which it is known to install on, its absence is an error. The CPU
 # build is enough; where pip finds only a CUDA build, that works too and is larger.
@@ -29,14 +37,6 @@ fi
 # for its imports, and peft loads adapters with torch and transformers alone.
 if "$VENV_PYTHON" -c "import torch" 2>/dev/null; then
     install_packages oracles --no-deps verl==0.9.1 peft==0.21.2 accelerate==1.15.0
-fi
-
-# The compiler for NVIDIA's GPUs, which needs none. In a folder of its own: only the test that compiles with it sees it,
-# and JAX looks for no GPU in the others.
-if [ "$(uname -sm)" = "Linux x86_64" ]; then
-    JAX=$("$VENV_PYTHON" -c 'import jax; print(jax.__version__)')
-    install_packages gpu-compiler --no-deps --upgrade --target "$VENV/gpu-compiler" \
-        "jax-cuda12-pjrt==$JAX" "jax-cuda12-plugin==$JAX" "nvidia-cuda-nvcc-cu12==12.9.86"
 fi
 
 # Two processes, each with whole files, so that a file's tests share what they compiled; in the order in which they are

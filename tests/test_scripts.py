@@ -1,6 +1,7 @@
 """The set-up scripts, in a copy of the files they need, with a Python that only notes what it is asked."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
     assert done.returncode == 0, done.stderr
     assert installs(calls)[0].endswith("--editable .[server,dev,clients,ray]")
     assert "--no-deps verl==" in installs(calls)[-1]
+    has_compiler = any("--target .venv/gpu-compiler jax-cuda12-pjrt==" in call for call in calls)
+    assert has_compiler is ((platform.system(), platform.machine()) == ("Linux", "x86_64"))
     flags = "--numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0"
     assert calls[-1] == f"-m pytest {flags} tests/rl -k grpo"
     assert installs(clone("scripts/test.sh")[1]) == []

@@ -4,15 +4,19 @@
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax import mesh as mesh_lib
 from lightning_jax.sampler import kv_cache, paged_attention
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = 16
 
 
@@ -63,12 +67,25 @@ def test_kernel_in_bfloat16():
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(plain, np.float32), rtol=0, atol=1e-2)
 
 
+ON_EIGHT = """
+import jax, numpy as np
+from lightning_jax import mesh
+from tests.sampler.test_paged_attention import by_both, case
+
+arguments = case((50, 3), (8, 5), 8, (4, 2, 16))
+_, plain = by_both(*arguments, window=None)
+with jax.set_mesh(mesh.make_mesh(data=2, tensor=4)):
+    divided, _ = by_both(*arguments, window=None)
+valid = arguments[3]
+np.testing.assert_allclose(divided[valid], plain[valid], rtol=0, atol=2e-5)
+assert len(divided.sharding.device_set) == 8
+"""
+
+
 def test_heads_are_divided_over_devices():
-    pages, table, position, valid, new = case((50, 3), (8, 5), 8, (4, 2, 16))
-    out, plain = by_both(pages, table, position, valid, new, None)
-    with jax.set_mesh(mesh_lib.make_mesh(data=2, tensor=4)):
-        divided, _ = by_both(pages, table, position, valid, new, None)
-    np.testing.assert_allclose(divided[valid], plain[valid], rtol=0, atol=2e-5)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
 
 
 def test_splits_fill_the_gpu_and_no_more():
