@@ -223,8 +223,29 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
         if isinstance(turned, list):
             return _turned_product(x, turned)
         if config.tie_embeddings:
-            return jnp.einsum("...d,vd->...v", x, turned, preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", x, params["unembed_dv"], preferred_element_type=jnp.float32)
+            return _float32_product("...d,vd->...v", x, turned)
+        return _float32_product("...d,dv->...v", x, params["unembed_dv"])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float32_product(axes: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """x W in float32 of operands in a dtype that computes faster; its gradients are products in that dtype, too.
+
+    JAX's own would multiply a gradient in float32, at half the speed on GPU, of twice the size.
+    """
+    return jnp.einsum(axes, x, w, preferred_element_type=jnp.float32)
+
+
+def _float32_product_forward(axes: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _float32_product(axes, x, w), (x, w)
+
+
+def _float32_product_backward(axes: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> Any:
+    _, transposed = jax.vjp(functools.partial(jnp.einsum, axes), *saved)
+    return transposed(d_out.astype(saved[0].dtype))
+
+
+_float32_product.defvjp(_float32_product_forward, _float32_product_backward)
 
 
 def _block(
