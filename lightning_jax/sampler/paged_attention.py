@@ -25,7 +25,7 @@ _MASKED, _LOWEST = -1e30, -1e6  # as in `kv_cache`
 
 def fits(head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes such heads: products of 16 bits, of sizes that are powers of two; from Ampere on."""
-    is_power = head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= 256
+    is_power = head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= 128
     return dtype in (jnp.bfloat16, jnp.float16) and is_power and gpu.compute_capability() >= 8.0
 
 
@@ -140,8 +140,10 @@ def _kernel(
     of_query = row, t_x[:, None], head, g_x[:, None], h_1h
     q_xh = triton.load(q_ref.at[of_query], mask=is_query_x1, other=0.0)
 
-    # The blocks of keys that any of the queries sees, and this split's of them.
-    after = pl.cdiv(start + jnp.minimum((first_query + tile - 1) // g + 1, length_ref[row]), _BLOCK)
+    # The blocks of keys that any of the queries sees, and this split's of them; none of padding.
+    length = length_ref[row]
+    after = pl.cdiv(start + jnp.minimum((first_query + tile - 1) // g + 1, length), _BLOCK)
+    after = jnp.where(first_query // g < length, after, 0)
     first = 0
     if sliding_window is not None:
         first = jnp.maximum(start + first_query // g - sliding_window + 1, 0) // _BLOCK
