@@ -144,7 +144,7 @@ def _filtered(x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top
 
 
 def _in_blocks(x_bv: jax.Array) -> jax.Array:
-    """[B, N, M] of a row, N and M about the root of V; filled up with -inf."""
+    """[B, N, M], N and M about the root of V; filled up with -inf."""
     b, v = x_bv.shape
     size = 1 << ((v - 1).bit_length() + 1) // 2
     blocks = -(-v // size)
@@ -154,7 +154,7 @@ def _in_blocks(x_bv: jax.Array) -> jax.Array:
 def _block_sums(x_bnm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each block's largest entry (finite, also where there is none) and its sum of exponentials beside that, [B, N].
 
-    So a GPU reads the logits once.
+    Beside its own largest entry, and not the row's, which all of the row would have to be read for first.
     """
     most_bn = jnp.maximum(jnp.max(x_bnm, axis=-1), jnp.finfo(x_bnm.dtype).min)
     return most_bn, jnp.sum(jnp.exp(x_bnm - most_bn[..., None]), axis=-1)
