@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from lightning_jax import gpu
@@ -75,6 +74,7 @@ def _attention(
     sliding_window: int | None,
     interpret: bool,
 ) -> jax.Array:
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     b, t, k, g, h = q_btkgh.shape
@@ -129,6 +129,7 @@ def _kernel(
     sliding_window: int | None,
 ) -> None:
     """A tile of the queries of one row and head, by t and then g, with the keys of one split."""
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     _, t, _, g, h = q_ref.shape
