@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from lightning_jax import mesh
 from lightning_jax.sampler.request import noise_key
 from lightning_jax.sampler.sampling import sample, uniform_noise
 
@@ -96,6 +97,22 @@ def test_top_p_zero_and_top_k_one_leave_the_likeliest():
         token, logprob = draw(logits, np.array([0.01, 0.99]), **options)
         np.testing.assert_array_equal(token, logits.argmax())
         np.testing.assert_allclose(logprob, 0.0, atol=1e-6)
+
+
+def test_several_bits_at_once_find_the_same_thresholds(monkeypatch):
+    """Accelerators take more than one bit of a threshold from each pass over the vocabulary."""
+    n, vocab = 32, 1500
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(n, vocab)).astype(np.float32) * rng.uniform(0.1, 10.0, (n, 1)).astype(np.float32)
+    logits[:8] = np.round(logits[:8])  # many of them equal
+    top_k = rng.choice([0, 1, 7, 700, vocab], n).astype(np.int32)
+    top_p = rng.choice([0.0, 0.01, 0.6, 0.95, 0.999999, 1.0], n).astype(np.float32)
+    arguments = logits, np.ones(n, np.float32), top_k, top_p, noise(n, "bits")
+    one = jax.jit(sample)(*arguments)
+    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+    several = jax.jit(lambda *arguments: sample(*arguments))(*arguments)  # a function that is traced again
+    np.testing.assert_array_equal(one[0], several[0])
+    np.testing.assert_allclose(one[1], several[1], rtol=0, atol=1e-6)  # sums may be rounded in another order
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all():
