@@ -18,9 +18,9 @@ folder, which is made from `--model`, and compute in float32. The first measurem
 not count; figures are medians of the others.
 
 Peak memory is the largest sum of what a side's processes hold in memory, from Linux's /proc: of the first one, seen
-five times a second, and of those that it started, once a second. Of pages that several of these share, each counts its
-part. `sgemm_flops_per_s` is a product of large matrices by NumPy before, between and after the sides: how fast the
-machine was meanwhile.
+five times a second, and of those that it started, every five seconds. Of pages that several of these share, each
+counts its part. `sgemm_flops_per_s` is a product of large matrices by NumPy before, between and after the sides: how
+fast the machine was meanwhile.
 """
 
 import argparse
@@ -346,7 +346,7 @@ class PeakMemory:
         for count in itertools.count():
             if self._ended.wait(0.2):
                 return
-            if count % 5 == 0:  # the system takes its time to tell shared pages, and stops the process for it
+            if count % 25 == 0:  # telling shared pages takes the system milliseconds of processor time for each process
                 below = sum(_held_bytes(pid, "smaps_rollup", "Pss") for pid in _descendants(self._pid))
             self.peak_bytes = max(self.peak_bytes, _held_bytes(self._pid, "status", "VmRSS") + below)
 
