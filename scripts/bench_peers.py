@@ -18,9 +18,9 @@ folder, which is made from `--model`, and compute in float32. The first measurem
 not count; figures are medians of the others.
 
 Peak memory is the largest sum of what a side's processes hold in memory, from Linux's /proc: of the first one, seen
-five times a second, and of those that it started, every five seconds. Of pages that several of these share, each
-counts its part. `sgemm_flops_per_s` is a product of large matrices by NumPy before, between and after the sides: how
-fast the machine was meanwhile.
+five times a second, and of those that it started, as often as takes a hundredth of the time. Of pages that several of
+these share, each counts its part. `sgemm_flops_per_s` is a product of large matrices by NumPy before, between and after
+the sides: how fast the machine was meanwhile.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import concurrent.futures
 import contextlib
 import datetime
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -343,11 +342,12 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        for count in itertools.count():
-            if self._ended.wait(0.2):
-                return
-            if count % 25 == 0:  # telling shared pages takes the system milliseconds of processor time for each process
+        next_look = 0.0
+        while not self._ended.wait(0.2):
+            start = time.perf_counter()
+            if start >= next_look:  # the system takes milliseconds to tell a process's shared pages
                 below = sum(_held_bytes(pid, "smaps_rollup", "Pss") for pid in _descendants(self._pid))
+                next_look = start + 100 * (time.perf_counter() - start)
             self.peak_bytes = max(self.peak_bytes, _held_bytes(self._pid, "status", "VmRSS") + below)
 
 
