@@ -184,15 +184,14 @@ def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax
     """
     at_once = 1 if mesh.platform() == "cpu" else 3  # bits: elsewhere several sums are made of what is read once
 
-    def highest(weight_bv: jax.Array, amount, enough_b: jax.Array) -> jax.Array:
+    def highest(weight_bnm: jax.Array, amount_bnm: jax.Array | int, enough_b: jax.Array) -> jax.Array:
         """The highest threshold, [B] float32, from which on the weights' amounts still add up to enough."""
-        weight_bnm = _in_blocks(weight_bv, 0.0)
 
         def step(i: jax.Array, low_b: jax.Array) -> jax.Array:
             place = 30 - at_once * (i + 1)  # bit 30 is that of 2 and more, and no weight is above 1
-            threshold_kb = low_b + (jnp.arange(1, 1 << at_once, dtype=jnp.int32)[:, None] << place)
-            threshold_kb = jax.lax.bitcast_convert_type(threshold_kb, jnp.float32)
-            kept_bnm = (jnp.where(weight_bnm >= t_b[:, None, None], amount(weight_bnm), 0) for t_b in threshold_kb)
+            bits_kb = low_b + (jnp.arange(1, 1 << at_once, dtype=jnp.int32)[:, None] << place)
+            threshold_kb = jax.lax.bitcast_convert_type(bits_kb, jnp.float32)
+            kept_bnm = (jnp.where(weight_bnm >= t_b[:, None, None], amount_bnm, 0) for t_b in threshold_kb)
             amount_kbn = jnp.stack([jnp.sum(kept, axis=-1) for kept in kept_bnm])
             return low_b + (jnp.sum(jnp.sum(amount_kbn, axis=-1) >= enough_b, axis=0, dtype=jnp.int32) << place)
 
@@ -201,11 +200,12 @@ def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax
 
     def by_count(weight_bv: jax.Array) -> jax.Array:
         count_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
-        least_b = highest(weight_bv, lambda weight: jnp.ones_like(weight, jnp.int32), count_b)
+        least_b = highest(_in_blocks(weight_bv, 0.0), 1, count_b)
         return jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
 
     def by_mass(weight_bv: jax.Array) -> jax.Array:
-        least_b = highest(weight_bv, lambda weight: weight, top_p_b * jnp.sum(weight_bv, axis=-1))
+        weight_bnm = _in_blocks(weight_bv, 0.0)
+        least_b = highest(weight_bnm, weight_bnm, top_p_b * jnp.sum(weight_bv, axis=-1))
         least_b = jnp.minimum(least_b, jnp.max(weight_bv, axis=-1))  # top_p 0 still keeps the likeliest
         least_b = jnp.where(top_p_b < 1.0, least_b, 0.0)
         return jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
