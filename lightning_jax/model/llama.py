@@ -173,8 +173,7 @@ def forward(
         position_bt: [B, T] int32, each token's position in its own sequence.
         attend: attention over this call's keys and whatever `cache` holds; it also applies the masks.
         cache: None, or a list with one entry per layer, given to `attend` and replaced by what it returns.
-        rope: `rope_angles` of the positions, if they are known already. In a loop unrolled layers find them faster
-            before it: inside it XLA's CPU compiler computes them anew for each layer and head.
+        rope: `rope_angles` of the positions, if they are known already.
         wanted_n: [N] int, the rows whose hidden states are wanted, with unstacked layers; None for all. In the last
             layer the others get no further than their keys and values.
         remat: None, or a key of `REMAT_POLICIES`: what the backward pass keeps of each layer.
@@ -184,7 +183,8 @@ def forward(
         The list of the layers' new caches, or None when `cache` was None.
     """
     layers = params["layers"]
-    rope = rope_angles(config, position_bt) if rope is None else rope
+    if rope is None:
+        rope = (rope_angles if isinstance(layers, dict) else _rope_angles_once)(config, position_bt)
 
     def block(x_btd: jax.Array, layer: Params, layer_cache: Any, wanted_n: jax.Array | None = None):
         return _block(config, layer, x_btd, rope, attend, layer_cache, wanted_n)
@@ -380,6 +380,17 @@ def rope_angles(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array,
     """Sine and cosine of each position's angles, [B, T, h / 2] float32."""
     angle_bth = position_bt[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.sin(angle_bth), jnp.cos(angle_bth)
+
+
+def _rope_angles_once(config: LlamaConfig, position_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`rope_angles` for unrolled layers. Of XLA's compilers the CPU's would compute them anew for each layer and head,
+    unless they are found under a condition that it does not know to hold.
+    """
+    angles = functools.partial(rope_angles, config)
+    if mesh.platform() != "cpu":
+        return angles(position_bt)
+    zeros_bth = jnp.zeros((*position_bt.shape, config.head_dim // 2), jnp.float32)
+    return jax.lax.cond(jnp.all(position_bt >= 0), angles, lambda _: (zeros_bth, zeros_bth), position_bt)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
