@@ -117,7 +117,7 @@ class Engine:
             tell=tell,
         )
         self._executor.publish(params)
-        self._prefill_budget = 4 * max(rows * chunk for rows, chunk in shapes)  # tokens a round, padding included
+        self._prefill_budget = 4 * max(shape.tokens for shape in shapes)  # tokens a round, padding included
 
         self._lock = threading.Lock()
         self._inbox: collections.deque[scheduler.Sequence] = collections.deque()
@@ -260,7 +260,7 @@ class Engine:
                 self._executor.prefill(batch)
                 self._counts["prefill_dispatches"] += 1
                 self._counts["prefill_tokens"] += sum(length for _, _, length in batch.items)
-                budget -= batch.rows * batch.chunk
+                budget -= batch.shape.tokens
                 idle = False
             if idle:
                 break

@@ -16,7 +16,7 @@ from lightning_jax import heap
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model.llama import LlamaConfig, Params
 from lightning_jax.sampler import kv_cache, programs, sampling, scoring, shaping
-from lightning_jax.sampler.scheduler import PrefillBatch, Sequence
+from lightning_jax.sampler.scheduler import PrefillBatch, PrefillShape, Sequence
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class Executor:
         num_pages: int,
         max_seq_len: int,
         decode_steps: int,
-        prefill_shapes: list[tuple[int, int]],
+        prefill_shapes: list[PrefillShape],
         dtype: jnp.dtype,
         row_floor: int,
         mesh: jax.sharding.Mesh | None,
@@ -116,12 +116,12 @@ class Executor:
 
     def prefill(self, batch: PrefillBatch) -> None:
         """Dispatches one prefill."""
-        control, samples = self._prefill_control(batch.rows, batch.chunk)
+        control, samples = self._prefill_control(batch.shape)
         first = programs.PREFILL_WIDTH
         for row, (sequence, start, length) in zip(control, batch.items, strict=False):
             row[programs.START], row[programs.LENGTH] = start, length
             row[first : first + length] = sequence.tokens[start : start + length]
-            row[first + batch.chunk :] = self._page_table[sequence.slot]
+            row[first + batch.shape.chunk :] = self._page_table[sequence.slot]
         for sample, (row, sequence) in zip(samples, batch.samples(), strict=False):
             sample[programs.ROW] = row
             if sequence.shape is None:  # else a decode round samples its next token, and only pages are copied here
@@ -132,11 +132,11 @@ class Executor:
                 last = sequence.target // self._page_size
                 sample[programs.COPY_FIRST] = last * self._page_size - batch.items[row][1]
                 sample[programs.COPY_PAGE] = sequence.pages[last]
-        self._run_prefill(control, samples, batch.chunk)
+        self._run_prefill(control, samples, batch.shape)
 
-    def _prefill_control(self, rows: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    def _prefill_control(self, shape: PrefillShape) -> tuple[np.ndarray, np.ndarray]:
         """What `programs.prefill` takes from the host, for no sequence at all."""
-        control = np.zeros((rows, programs.PREFILL_WIDTH + chunk + self._page_table.shape[1]), np.int32)
+        control = np.zeros((shape.rows, programs.PREFILL_WIDTH + shape.chunk + self._page_table.shape[1]), np.int32)
         samples = np.zeros((self._sample_rows, programs.SAMPLE_WIDTH), np.int32)
         samples[:, programs.SLOT] = self._padding_slot
         return control, samples
@@ -216,8 +216,8 @@ class Executor:
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles, or loads from the compilation cache, every program that a plan can need."""
         total = len(self._prefill_shapes) + len(self._decode_shapes)
-        for done, (rows, chunk) in enumerate(self._prefill_shapes, 1):
-            self._run_prefill(*self._prefill_control(rows, chunk), chunk)
+        for done, shape in enumerate(self._prefill_shapes, 1):
+            self._run_prefill(*self._prefill_control(shape), shape)
             if progress is not None:
                 progress(done, total)
         for done, (rows, width) in enumerate(self._decode_shapes, len(self._prefill_shapes) + 1):
@@ -228,12 +228,19 @@ class Executor:
             if progress is not None:
                 progress(done, total)
 
-    def _run_prefill(self, control: np.ndarray, samples: np.ndarray, chunk: int) -> None:
+    def _run_prefill(self, control: np.ndarray, samples: np.ndarray, shape: PrefillShape) -> None:
         if self._tell is not None:
-            self._tell(Executor._run_prefill, control, samples, chunk)
+            self._tell(Executor._run_prefill, control, samples, shape)
         with self._device():
             self._pages, self._state = self._programs.prefill(
-                self._params, self._pages, self._state, control, samples, config=self._config, chunk=chunk
+                self._params,
+                self._pages,
+                self._state,
+                control,
+                samples,
+                config=self._config,
+                chunk=shape.chunk,
+                tokens=shape.tokens,
             )
 
     def _run_decode(
@@ -287,13 +294,13 @@ class Executor:
         return jax.sharding.NamedSharding(self._mesh, mesh_lib.partition_spec(self._mesh, shape, axes))
 
 
-def prefill_shapes(prefill_chunk: int, page_size: int, max_slots: int, row_floor: int) -> list[tuple[int, int]]:
-    """(rows, chunk) of the prefill programs: short chunks in many rows, long ones in few."""
+def prefill_shapes(prefill_chunk: int, page_size: int, max_slots: int, row_floor: int) -> list[PrefillShape]:
+    """Shapes of the prefill programs: short chunks in many rows, long ones in few, and tokens for half of them."""
     shapes = []
     for chunk in multiples(page_size, prefill_chunk, 4):
         few = max(1, row_floor // chunk)
         many = max(few, min(power_of_two(max_slots), 4 * prefill_chunk // chunk))
-        shapes += [(rows, chunk) for rows in multiples(few, many, 4)]
+        shapes += [PrefillShape(2 * full, chunk, full * chunk) for full in multiples(few, many, 4)]
     return shapes
 
 

@@ -19,6 +19,7 @@ from lightning_jax.sampler import paged_attention, ragged_pages
 from lightning_jax.sampler.ragged_pages import RaggedPages
 
 BLOCK_TOKENS = 64  # keys that prefill attends to at a time
+_ROW_GROUPS = 4  # of a prefill's rows, each of which attends by itself
 _MASKED = -1e30  # not -inf: a block with every key masked must not make NaNs
 _LOWEST = -1e6  # running maximum before the first key; far above _MASKED, so that masked keys weigh nothing
 
@@ -43,6 +44,24 @@ class Copies(NamedTuple):
     row_n: jax.Array  # [N] int32, the row of the chunk
     first_n: jax.Array  # [N] int32, the span's first token in the chunk
     page_n: jax.Array  # [N] int32
+
+
+class Packing(NamedTuple):
+    """Where the tokens of rows that are not full stand in a column without gaps, and the other way round."""
+
+    n_bt: jax.Array  # [B, T] int32, a row's token in the column; of those past its length any
+    bt_n: jax.Array  # [N] int32, b * T + t of a token of the column; of those past the last row's any
+
+
+def pack(length_b: jax.Array, chunk: int, tokens: int) -> Packing:
+    """The rows' first `length_b` of `chunk` tokens, one row after the other, in a column of `tokens`."""
+    end_b = jnp.cumsum(length_b)
+    first_b = end_b - length_b
+    n = jnp.arange(tokens, dtype=jnp.int32)
+    row_n = jnp.minimum(jnp.sum(end_b <= n[:, None], axis=1, dtype=jnp.int32), length_b.shape[0] - 1)
+    offset_n = jnp.minimum(n - first_b[row_n], chunk - 1)
+    n_bt = jnp.minimum(first_b[:, None] + jnp.arange(chunk, dtype=jnp.int32), tokens - 1)
+    return Packing(n_bt, row_n * chunk + offset_n)
 
 
 def init_pages(
@@ -114,13 +133,15 @@ def prefill_attention(
     valid_bt: jax.Array,
     sliding_window: int | None,
     copies: Copies | None = None,
+    packing: Packing | None = None,
 ) -> Attend:
     """Attention of a chunk of each row over the row's pages, the chunk's own tokens included.
 
-    Keys are visited in blocks counted from position 0, with a running softmax (arXiv:2205.14135), as many as the
-    longest row needs. So there is no shape per context length, memory does not grow with it, and a query's result does
-    not depend on where its chunk began. The softmax is to the base 2 and its running maximum a whole number: then
-    rescaling multiplies by powers of two, which is exact, whether or not the compiler fuses it with the addition.
+    Keys are visited in blocks counted from position 0, with a running softmax (arXiv:2205.14135), by a few rows at a
+    time, as many as the longest of them needs. So there is no shape per context length, memory does not grow with it,
+    and a query's result does not depend on where its chunk began. The softmax is to the base 2 and its running maximum
+    a whole number: then rescaling multiplies by powers of two, which is exact, whether or not the compiler fuses it
+    with the addition.
 
     Args:
         page_table_bp: [B, P] int32.
@@ -128,54 +149,87 @@ def prefill_attention(
         valid_bt: [B, T] bool, False for padding.
         sliding_window: positions that a query sees, itself included; None for all.
         copies: where else to put some of the chunk's keys and values.
+        packing: where the tokens are in the column, if not each row's T after those of the row before.
 
     Returns:
-        An `attend` for `llama.forward` of all tokens in one column, [B * T, 1], whose cache is a list of `Pages`, or of
-        `RaggedPages`. Over these a TPU kernel computes the same, and over `Pages` a GPU kernel.
+        An `attend` for `llama.forward` of all tokens in one column, [B * T, 1] or as packed, whose cache is a list of
+        `Pages`, or of `RaggedPages`. Over these a TPU kernel computes the same, and over `Pages` a GPU kernel.
     """
-    end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
+    b, t = position_bt.shape
+    # Rows without tokens come last, and most groups of them are left out.
+    group = b // _ROW_GROUPS if b % _ROW_GROUPS == 0 else 1
+    used = jnp.max(jnp.where(valid_bt, jnp.arange(b, dtype=jnp.int32)[:, None] // group + 1, 0))
+
+    def in_rows(x_n1: jax.Array) -> jax.Array:
+        x_n = x_n1[:, 0]
+        return x_n.reshape(b, t, *x_n.shape[1:]) if packing is None else x_n[packing.n_bt]
+
+    def in_column(out_btkgh: jax.Array) -> jax.Array:
+        out_nkgh = out_btkgh.reshape(b * t, *out_btkgh.shape[2:])
+        return (out_nkgh if packing is None else out_nkgh[packing.bt_n])[:, None]
 
     def attend(q_n1kgh: jax.Array, k_n1kh: jax.Array, v_n1kh: jax.Array, pages: Pages) -> tuple[jax.Array, Pages]:
-        q_btkgh, k_btkh, v_btkh = (x.reshape(*position_bt.shape, *x.shape[2:]) for x in (q_n1kgh, k_n1kh, v_n1kh))
+        q_btkgh, k_btkh, v_btkh = in_rows(q_n1kgh), in_rows(k_n1kh), in_rows(v_n1kh)
         pages = write(pages, page_table_bp, position_bt, valid_bt, k_btkh, v_btkh)
         if copies is not None:
             pages = write_copies(pages, copies, k_btkh, v_btkh)
         if isinstance(pages, RaggedPages):
             out_btkgh = ragged_pages.attention(q_btkgh, pages, page_table_bp, position_bt[:, 0], sliding_window)
-            return out_btkgh.reshape(q_n1kgh.shape), pages
-        if mesh_lib.platform() == "gpu" and paged_attention.fits(q_n1kgh.shape[-1], pages.k.dtype):
+            return in_column(out_btkgh), pages
+        if mesh_lib.platform() == "gpu" and paged_attention.fits(q_btkgh.shape[-1], pages.k.dtype):
             length_b = jnp.sum(valid_bt, axis=1, dtype=jnp.int32)
             out_btkgh = paged_attention.attention(
                 q_btkgh, *pages, page_table_bp, position_bt[:, 0], length_b, sliding_window
             )
-            return out_btkgh.reshape(q_n1kgh.shape), pages
-        page_size = pages.k.shape[1]
-        block_pages = max(1, BLOCK_TOKENS // page_size)
-        block = block_pages * page_size
-        table_bp = jnp.pad(page_table_bp, ((0, 0), (0, -page_table_bp.shape[1] % block_pages)))
-        b, t, k, g, h = q_btkgh.shape
+            return in_column(out_btkgh), pages
 
-        def visit(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
-            out_bkgth, max_bkgt, sum_bkgt = carry
-            block_table_bp = jax.lax.dynamic_slice_in_dim(table_bp, i * block_pages, block_pages, axis=1)
-            dense = gather(pages, block_table_bp)
-            key_s = i * block + jnp.arange(block, dtype=jnp.int32)
-            mask_bts = _mask(position_bt, key_s, sliding_window)
-            score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
-            new_max_bkgt = jnp.maximum(max_bkgt, jnp.ceil(jnp.max(score_bkgts, axis=-1)))
-            scale_bkgt = _power_of_two(max_bkgt - new_max_bkgt)
-            weight_bkgts = jnp.exp2(score_bkgts - new_max_bkgt[..., None])
-            sum_bkgt = sum_bkgt * scale_bkgt + jnp.sum(weight_bkgts, axis=-1)
-            out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)[..., :h]
-            return out_bkgth, new_max_bkgt, sum_bkgt
+        def visit(i: jax.Array, x_btkgh: jax.Array) -> jax.Array:  # results take the place of queries
+            q_xtkgh, table_xp, position_xt, valid_xt = (
+                jax.lax.dynamic_slice_in_dim(x, i * group, group)
+                for x in (x_btkgh, page_table_bp, position_bt, valid_bt)
+            )
+            out_xtkgh = _visit_pages(q_xtkgh, pages, table_xp, position_xt, valid_xt, sliding_window)
+            return jax.lax.dynamic_update_slice_in_dim(x_btkgh, out_xtkgh.astype(x_btkgh.dtype), i * group, axis=0)
 
-        zeros_bkgt = jnp.zeros((b, k, g, t), jnp.float32)
-        carry = (jnp.zeros((b, k, g, t, h), jnp.float32), zeros_bkgt + _LOWEST, zeros_bkgt)
-        out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-end // block), visit, carry)
-        out_btkgh = jnp.moveaxis(out_bkgth * (1.0 / sum_bkgt)[..., None], 3, 1)
-        return _in_place(out_btkgh.reshape(q_n1kgh.shape)), pages
+        return _in_place(in_column(jax.lax.fori_loop(0, used, visit, q_btkgh))), pages
 
     return attend
+
+
+def _visit_pages(
+    q_btkgh: jax.Array,
+    pages: Pages,
+    page_table_bp: jax.Array,
+    position_bt: jax.Array,
+    valid_bt: jax.Array,
+    sliding_window: int | None,
+) -> jax.Array:
+    """`prefill_attention` of some rows by XLA's own operations, [B, T, K, G, h] float32."""
+    end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
+    page_size = pages.k.shape[1]
+    block_pages = max(1, BLOCK_TOKENS // page_size)
+    block = block_pages * page_size
+    table_bp = jnp.pad(page_table_bp, ((0, 0), (0, -page_table_bp.shape[1] % block_pages)))
+    b, t, k, g, h = q_btkgh.shape
+
+    def visit(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+        out_bkgth, max_bkgt, sum_bkgt = carry
+        block_table_bp = jax.lax.dynamic_slice_in_dim(table_bp, i * block_pages, block_pages, axis=1)
+        dense = gather(pages, block_table_bp)
+        key_s = i * block + jnp.arange(block, dtype=jnp.int32)
+        mask_bts = _mask(position_bt, key_s, sliding_window)
+        score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
+        new_max_bkgt = jnp.maximum(max_bkgt, jnp.ceil(jnp.max(score_bkgts, axis=-1)))
+        scale_bkgt = _power_of_two(max_bkgt - new_max_bkgt)
+        weight_bkgts = jnp.exp2(score_bkgts - new_max_bkgt[..., None])
+        sum_bkgt = sum_bkgt * scale_bkgt + jnp.sum(weight_bkgts, axis=-1)
+        out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)[..., :h]
+        return out_bkgth, new_max_bkgt, sum_bkgt
+
+    zeros_bkgt = jnp.zeros((b, k, g, t), jnp.float32)
+    carry = (jnp.zeros((b, k, g, t, h), jnp.float32), zeros_bkgt + _LOWEST, zeros_bkgt)
+    out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-end // block), visit, carry)
+    return jnp.moveaxis(out_bkgth * (1.0 / sum_bkgt)[..., None], 3, 1)
 
 
 def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Attend:

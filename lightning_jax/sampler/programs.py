@@ -75,7 +75,7 @@ def _jitted(platform: str) -> Programs:
         prepare_params=jax.jit(prepare_params, static_argnames="dtype"),
         prefill=jax.jit(
             prefill,
-            static_argnames=("config", "chunk"),
+            static_argnames=("config", "chunk", "tokens"),
             donate_argnames=("pages", "state"),
             compiler_options=options,
         ),
@@ -132,14 +132,18 @@ def prefill(
     *,
     config: LlamaConfig,
     chunk: int,
+    tokens: int,
 ) -> tuple[list[kv_cache.Pages], jax.Array]:
     """Computes a chunk of each row's prompt, and samples the token after it for those whose prompt ends there.
+
+    All but attention is computed of the rows' tokens without the gaps between them.
 
     Args:
         params: as `prepare_params` makes them.
         pages, state: donated.
         control: [B, PREFILL_WIDTH + chunk + P] int32.
         samples: [N, SAMPLE_WIDTH] int32; unused ones have the slot of padding.
+        tokens: how many all rows together may have.
 
     Returns:
         The new pages and state.
@@ -151,10 +155,11 @@ def prefill(
     position_bt = start_b[:, None] + offset_t
     valid_bt = offset_t < length_b[:, None]
     copies = kv_cache.Copies(samples[:, ROW], samples[:, COPY_FIRST], samples[:, COPY_PAGE])
-    attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window, copies)
+    packing = kv_cache.pack(length_b, chunk, tokens)
+    attend = kv_cache.prefill_attention(page_table_bp, position_bt, valid_bt, config.sliding_window, copies, packing)
     row_n = samples[:, ROW]
-    last_n = row_n * chunk + jnp.maximum(length_b[row_n] - 1, 0)
-    token_m1, position_m1 = token_bt.reshape(-1, 1), position_bt.reshape(-1, 1)
+    last_n = packing.n_bt[row_n, jnp.maximum(length_b[row_n] - 1, 0)]
+    token_m1, position_m1 = (x_bt.reshape(-1)[packing.bt_n][:, None] for x_bt in (token_bt, position_bt))
     few = last_n.size < token_m1.size  # or else the last layer has less to do for all of them
     x_n1d, pages = llama.forward(params, config, token_m1, position_m1, attend, pages, wanted_n=last_n if few else None)
     logits_nv = llama.unembed(params, config, (x_n1d if few else x_n1d[last_n])[:, 0])

@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -101,17 +102,28 @@ class Sequence:
         return np.asarray(self.tokens[: self.target], np.int32).tobytes()
 
 
+class PrefillShape(NamedTuple):
+    """What a prefill dispatch has room for: `rows` pieces of up to `chunk` tokens each, `tokens` in all."""
+
+    rows: int
+    chunk: int
+    tokens: int
+
+    def fits(self, items: "list[tuple[Sequence, int, int]]") -> bool:
+        """Whether these pieces may be one dispatch's, see `PrefillBatch.items`."""
+        return len(items) <= self.rows and sum(length for _, _, length in items) <= self.tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class PrefillBatch:
-    """One prefill dispatch: `rows` pieces at most, of up to `chunk` tokens each.
+    """One prefill dispatch.
 
     Attributes:
         items: (sequence, first token, number of tokens). A sequence may have several rows, one after the other: the
             device writes the keys of all rows before any of them attends.
     """
 
-    rows: int
-    chunk: int
+    shape: PrefillShape
     items: list[tuple[Sequence, int, int]]
 
     def samples(self) -> Iterator[tuple[int, Sequence]]:
@@ -131,7 +143,7 @@ class Scheduler:
         num_pages, page_size: the KV pool.
         max_seq_len: longest sequence, prompt and sampled tokens together.
         decode_steps: tokens a decode round samples.
-        prefill_shapes: the (rows, chunk) that a prefill may have.
+        prefill_shapes: those that a prefill may have.
     """
 
     def __init__(
@@ -142,7 +154,7 @@ class Scheduler:
         page_size: int,
         max_seq_len: int,
         decode_steps: int,
-        prefill_shapes: list[tuple[int, int]],
+        prefill_shapes: list[PrefillShape],
     ):
         pages_per_sequence = -(-max_seq_len // page_size)
         if num_pages < pages_per_sequence:
@@ -157,10 +169,8 @@ class Scheduler:
         self.page_table = np.zeros((max_slots, pages_per_sequence), np.int32)
         self.running: dict[int, Sequence] = {}  # by slot
         self.epoch = 0
-        self._prefill_rows: dict[int, list[int]] = collections.defaultdict(list)
-        for rows, chunk in sorted(prefill_shapes):
-            self._prefill_rows[chunk].append(rows)
-        self._chunks = sorted(self._prefill_rows)
+        self._prefill_shapes = sorted(prefill_shapes, key=lambda shape: (shape.tokens, shape.rows))
+        self._chunks = sorted({shape.chunk for shape in prefill_shapes})
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._waiting: collections.OrderedDict[str, collections.deque[Sequence]] = collections.OrderedDict()
         self._preempted: collections.deque[Sequence] = collections.deque()
@@ -295,14 +305,15 @@ class Scheduler:
         for chunk in reversed(self._chunks):
             items = self._pieces(todo[chunk], chunk)
             while items:
-                rows = _rows_for(len(items), self._prefill_rows[chunk])
-                members, items = items[:rows], items[rows:]
+                shape = self._shape_for(items, chunk)
+                count = next(count for count in range(len(items), 0, -1) if shape.fits(items[:count]))
+                members, items = items[:count], items[count:]
                 for shorter in self._chunks[: self._chunks.index(chunk)]:  # room left over saves dispatches
-                    more = self._pieces(todo[shorter], chunk)
-                    if len(more) <= rows - len(members):
+                    more = self._pieces(todo[shorter], shape.chunk)
+                    if shape.fits(members + more):
                         members += more
                         todo[shorter] = []
-                batch = PrefillBatch(rows, chunk, members)
+                batch = PrefillBatch(shape, members)
                 yield batch
                 for sequence, start, length in batch.items:
                     self._prefilled(sequence, start + length)
@@ -314,6 +325,17 @@ class Scheduler:
             end = min(sequence.target, sequence.computed + self._chunks[-1])
             pieces += [(sequence, start, min(chunk, end - start)) for start in range(sequence.computed, end, chunk)]
         return pieces
+
+    def _shape_for(self, items: list[tuple[Sequence, int, int]], chunk: int) -> PrefillShape:
+        """The next dispatch's for these pieces, no longer than `chunk`: few full ones rather than one half empty."""
+        longest = max(length for _, _, length in items)
+        shapes = [shape for shape in self._prefill_shapes if longest <= shape.chunk <= chunk]
+        enough = next((shape for shape in shapes if shape.fits(items)), None)
+        if enough is None:
+            return shapes[-1]
+        half = PrefillShape(enough.rows // 2, enough.chunk, enough.tokens // 2)
+        smaller = [shape for shape in shapes if shape.tokens < enough.tokens]
+        return smaller[-1] if smaller and half.fits(items) else enough
 
     def _prefilled(self, sequence: Sequence, upto: int) -> None:
         sequence.computed = upto
@@ -418,18 +440,5 @@ class Scheduler:
 
 
 def _chunk_for(left: int, chunks: list[int]) -> int:
-    """Tokens of a row for a sequence that has `left` to prefill: the most for which rows are padded little more than
-    the shortest ones would be.
-    """
-    if left >= chunks[-1]:
-        return chunks[-1]
-    padded = [-(-left // chunk) * chunk for chunk in chunks]
-    return max(chunk for chunk, tokens in zip(chunks, padded, strict=True) if 4 * tokens <= 5 * padded[0])
-
-
-def _rows_for(count: int, choices: list[int]) -> int:
-    """Rows of the next dispatch for `count` sequences: a few full dispatches rather than one that is half empty."""
-    enough = next((rows for rows in choices if rows >= count), None)
-    if enough is not None and (2 * count > enough or enough == choices[0]):
-        return enough
-    return max(rows for rows in choices if rows <= count)
+    """Tokens of a row for a sequence that has `left` to prefill: the most with which its rows are half full."""
+    return max((chunk for chunk in chunks if -(-left // chunk) * chunk <= 2 * left), default=chunks[0])

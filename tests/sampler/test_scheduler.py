@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 
 from lightning_jax.sampler.request import Request, SamplingParams
-from lightning_jax.sampler.scheduler import Scheduler, Sequence
+from lightning_jax.sampler.scheduler import PrefillShape, Scheduler, Sequence
 
 PAGE_SIZE, STEPS, MAX_SEQ_LEN = 4, 3, 32
 
 
-SHAPES = [(1, 4), (8, 4), (1, 8), (4, 8)]
+SHAPES = [PrefillShape(2, 4, 4), PrefillShape(16, 4, 32), PrefillShape(2, 8, 8), PrefillShape(8, 8, 32)]
 
 
-def make(max_slots: int = 4, num_pages: int = 40, prefill_shapes: list[tuple[int, int]] = SHAPES) -> Scheduler:
+def make(max_slots: int = 4, num_pages: int = 40, prefill_shapes: list[PrefillShape] = SHAPES) -> Scheduler:
     return Scheduler(
         max_slots=max_slots,
         num_pages=num_pages,
@@ -62,9 +62,10 @@ class Device:
         """One round of the engine's loop, read at once. Returns how many sequences decoded."""
         self.scheduler.admit(0)
         for batch in self.scheduler.plan_prefill():
-            assert 0 < len(batch.items) <= batch.rows
+            assert 0 < len(batch.items) <= batch.shape.rows
+            assert sum(length for _, _, length in batch.items) <= batch.shape.tokens
             for member, start, length in batch.items:
-                assert 0 < length <= batch.chunk
+                assert 0 < length <= batch.shape.chunk
                 self.write(member, member.tokens, start, start + length)
             for row, member in batch.samples():
                 leader, page = batch.items[row][0], member.target // PAGE_SIZE
@@ -249,16 +250,35 @@ def test_prefill_joins_short_chunks_to_long_ones_where_rows_are_free():
         scheduler.add(sequence(str(i), rng.integers(0, 1000, length).tolist()))
     scheduler.admit(0)
     (batch,) = scheduler.plan_prefill()
-    assert (batch.rows, batch.chunk, len(batch.items)) == (4, 8, 4)
+    assert (batch.shape.chunk, len(batch.items)) == (8, 4)
+
+
+def test_prefill_counts_tokens_and_rows_but_not_what_rows_are_padded_with():
+    scheduler = make(max_slots=8, num_pages=100, prefill_shapes=[PrefillShape(2, 8, 8), PrefillShape(6, 8, 24)])
+    for i, length in enumerate((5, 4, 5, 5, 4, 5)):
+        scheduler.add(sequence(str(i), list(range(10 * i, 10 * i + length))))
+    scheduler.admit(0)
+    first, second = scheduler.plan_prefill()
+    assert first.shape.tokens == 24 and [length for _, _, length in first.items] == [5, 4, 5, 5, 4]
+    assert second.shape.tokens == 8 and [length for _, _, length in second.items] == [5]
+
+
+def test_what_is_left_of_a_prompt_takes_a_dispatch_of_its_size():
+    scheduler = make(prefill_shapes=[*SHAPES, PrefillShape(2, 32, 32)])
+    scheduler.add(sequence("a", list(range(10))))
+    scheduler.admit(0)
+    shapes, items = zip(*((batch.shape, batch.items) for batch in scheduler.plan_prefill()), strict=True)
+    assert shapes == (PrefillShape(2, 8, 8), PrefillShape(2, 4, 4))
+    assert [(start, length) for ((_, start, length),) in items] == [(0, 8), (8, 2)]
 
 
 def test_a_prompt_takes_several_short_rows_where_a_long_one_would_be_mostly_padding():
-    scheduler = make(max_slots=4, num_pages=100, prefill_shapes=[(2, 4), (1, 16)])
+    scheduler = make(max_slots=4, num_pages=100, prefill_shapes=[PrefillShape(2, 4, 8), PrefillShape(1, 16, 16)])
     scheduler.add(sequence("short", list(range(6))))
     scheduler.add(sequence("long", list(range(100, 113))))
     scheduler.admit(0)
     long, short = scheduler.plan_prefill()
-    assert (long.chunk, [(start, length) for _, start, length in long.items]) == (16, [(0, 13)])
-    assert (short.chunk, [(start, length) for _, start, length in short.items]) == (4, [(0, 4), (4, 2)])
+    assert (long.shape.chunk, [(start, length) for _, start, length in long.items]) == (16, [(0, 13)])
+    assert (short.shape.chunk, [(start, length) for _, start, length in short.items]) == (4, [(0, 4), (4, 2)])
     assert [row for row, _ in short.samples()] == [1]
     assert len(scheduler.plan_decode()) == 2
