@@ -306,7 +306,8 @@ class Scheduler:
             items = self._pieces(todo[chunk], chunk)
             while items:
                 shape = self._shape_for(items, chunk)
-                count = next(count for count in range(len(items), 0, -1) if shape.fits(items[:count]))
+                ends = itertools.accumulate(length for _, _, length in items)
+                count = min(shape.rows, sum(end <= shape.tokens for end in ends))
                 members, items = items[:count], items[count:]
                 for shorter in self._chunks[: self._chunks.index(chunk)]:  # room left over saves dispatches
                     more = self._pieces(todo[shorter], shape.chunk)

@@ -250,7 +250,7 @@ def test_prefill_joins_short_chunks_to_long_ones_where_rows_are_free():
         scheduler.add(sequence(str(i), rng.integers(0, 1000, length).tolist()))
     scheduler.admit(0)
     (batch,) = scheduler.plan_prefill()
-    assert (batch.shape.chunk, len(batch.items)) == (8, 4)
+    assert (batch.shape, len(batch.items)) == (PrefillShape(8, 8, 32), 4)
 
 
 def test_prefill_counts_tokens_and_rows_but_not_what_rows_are_padded_with():
