@@ -227,6 +227,14 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
         return _float32_product("...d,dv->...v", x, params["unembed_dv"])
 
 
+def unembed_vocab_first(params: Params, config: LlamaConfig, x_nd: jax.Array) -> jax.Array:
+    """`unembed` of hidden states [N, D] as [V, N]."""
+    with jax.named_scope("unembed"):
+        if config.tie_embeddings:
+            return _float32_product("vd,nd->vn", params["embed_vd"], x_nd)
+        return _float32_product("dv,nd->vn", params["unembed_dv"], x_nd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float32_product(axes: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """x W in float32 of operands in a dtype that computes faster; its gradients are products in that dtype, too.

@@ -69,11 +69,15 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
 
     # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
     def score(params, x_cd, target_c, temperature_c):
-        logprob_cv = jax.nn.log_softmax(llama.unembed(params, config, x_cd) / temperature_c[:, None])
+        logits, axis = llama.unembed(params, config, x_cd), 1
+        if mesh.platform() == "cpu":  # whose compiler is slow at a product of many columns, and at sums along them
+            logits, axis = llama.unembed_vocab_first(params, config, x_cd), 0
+        per_token = functools.partial(jnp.expand_dims, axis=axis)
+        logprobs = jax.nn.log_softmax(logits / per_token(temperature_c), axis)
         # A masked sum, not a gather: its gradient needs no scatter, and it works on a sharded vocabulary.
-        chosen_cv = jnp.arange(config.vocab_size) == target_c[:, None]
-        logprob_c = jnp.sum(jnp.where(chosen_cv, logprob_cv, 0.0), axis=-1)
-        entropy_c = -jnp.sum(jnp.exp(logprob_cv) * logprob_cv, axis=-1)
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) == per_token(target_c)
+        logprob_c = jnp.sum(jnp.where(is_target, logprobs, 0.0), axis)
+        entropy_c = -jnp.sum(jnp.exp(logprobs) * logprobs, axis)
         return logprob_c, entropy_c
 
     with jax.named_scope("token_logprobs"):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lightning_jax import mesh
 from lightning_jax.model import llama
 from lightning_jax.rl import losses
 
@@ -87,8 +88,9 @@ def torch_loss(case):
     return loss.item(), {name: weight.grad.numpy() for name, weight in weights.items()}, sums, count
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_loss_and_gradients_equal_torch(case, chunk):
+@pytest.mark.parametrize(("chunk", "platform"), [(None, "cpu"), (4, "cpu"), (None, "tpu"), (4, "tpu")])
+def test_loss_and_gradients_equal_torch(case, chunk, platform, monkeypatch):
+    monkeypatch.setattr(mesh, "platform", lambda: platform)  # which axis of the logits is the vocabulary
     expected_loss, expected_grads, expected_sums, count = torch_loss(case)
     weights = {name: case[name] for name in ("x_btd", "unembed_dv")}
     value_and_grad = jax.value_and_grad(jax_loss, has_aux=True)
