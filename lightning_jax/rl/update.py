@@ -203,8 +203,15 @@ def accumulate(
         scalars |= {"logprob_diff": jnp.sum(diff_bt), "logprob_diff_max": jnp.max(diff_bt)}
         return loss, scalars | {"on_policy": jnp.sum(compared_bt, dtype=jnp.float32)}
 
-    grads, scalars = jax.grad(loss, has_aux=True)(params)
-    grads = jax.tree.map(jnp.add, totals.grads, grads)
+    value, backward, scalars = jax.vjp(loss, params, has_aux=True)
+    if frozen is None and settings.compute_dtype == "float32":
+        # Each layer's gradient is added in its place, and is nowhere else. Only where the scan over layers takes all
+        # parameters as they are: between some that are cast or chosen from and some that are not, JAX 0.10 mixes up.
+        refs = jax.tree.map(jax.new_ref, totals.grads)
+        backward.with_refs(refs)(jnp.ones_like(value))
+        grads = jax.tree.map(jax.freeze, refs)
+    else:
+        grads = jax.tree.map(jnp.add, totals.grads, *backward(jnp.ones_like(value)))
     if mesh is not None:
         grads = jax.lax.with_sharding_constraint(grads, trained_shardings(config, settings, mesh))
     return Totals(
