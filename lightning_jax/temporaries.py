@@ -78,14 +78,16 @@ def update_bytes(
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores
     # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
-    matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 2
+    in_place = itemsize == 4 and not (learner.trainable.lora_rank or learner.trainable.frozen)
+    matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 1 if in_place else 2
     logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
     saved = {
         "full": width,
         "dots": 3 * width + qkv + 2 * mlp + adapted,
         None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.LONGEST_DENSE else 0),
     }[learner.remat]
-    gradients = param_bytes(trained, jnp.dtype("float32"), sizes) + (3 * params if itemsize < 4 else 0)
+    gradients = 0 if in_place else param_bytes(trained, jnp.dtype("float32"), sizes)
+    gradients += 3 * params if itemsize < 4 else 0
     if platform != "cpu":
         gradients = 2 * params if itemsize < 4 else params  # the weights and their gradients in the compute dtype
         layer *= 1.5  # attention's kernels have work space of their own

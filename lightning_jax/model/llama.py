@@ -187,7 +187,8 @@ def forward(
         rope = (rope_angles if isinstance(layers, dict) else _rope_angles_once)(config, position_bt)
 
     def block(x_btd: jax.Array, layer: Params, layer_cache: Any, wanted_n: jax.Array | None = None):
-        return _block(config, layer, x_btd, rope, attend, layer_cache, wanted_n)
+        # Cast one by one: of masters in float32 there is no copy of all layers, nor of their gradients.
+        return _block(config, cast_params(layer, x_btd.dtype), x_btd, rope, attend, layer_cache, wanted_n)
 
     if remat is not None:
         # Inside a scan nothing can be merged across the barrier that prevent_cse makes, which costs fusion.

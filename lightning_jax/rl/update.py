@@ -133,7 +133,9 @@ def policy_logprobs(
         params: what learns; or, without `frozen`, all parameters.
         frozen: the rest.
     """
-    params = llama.cast_params(lora.whole(params, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
+    params = lora.whole(params, frozen, settings.trainable)
+    outer = {name: leaf for name, leaf in params.items() if name != "layers"}  # `llama.forward` casts a layer at a time
+    params |= llama.cast_params(outer, jnp.dtype(settings.compute_dtype))
     attend = batch.attend(config.sliding_window)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
@@ -204,9 +206,9 @@ def accumulate(
         return loss, scalars | {"on_policy": jnp.sum(compared_bt, dtype=jnp.float32)}
 
     value, backward, scalars = jax.vjp(loss, params, has_aux=True)
-    if frozen is None and settings.compute_dtype == "float32":
-        # Each layer's gradient is added in its place, and is nowhere else. Only where the scan over layers takes all
-        # parameters as they are: between some that are cast or chosen from and some that are not, JAX 0.10 mixes up.
+    if frozen is None:
+        # Each layer's gradient is added in its place, and is nowhere else. Not where some of a layer's parameters do
+        # not learn: between those that the scan over layers takes as they are and others, JAX 0.10 mixes up.
         refs = jax.tree.map(jax.new_ref, totals.grads)
         backward.with_refs(refs)(jnp.ones_like(value))
         grads = jax.tree.map(jax.freeze, refs)
