@@ -119,6 +119,18 @@ def test_a_micro_batch_is_estimated_as_it_is_compiled(model, blocks, length, rem
     assert 0.9 < memory.estimate(model, config).update / compiled < 1.3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_the_layers_there_is_no_second_gradient_and_no_copy_in_another_dtype(dtype):
+    model = dataclasses.replace(TINY, num_layers=16)
+    learner = learner_settings(settings(runtime__remat="full"), jnp.dtype(dtype))
+    params = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    totals = jax.eval_shape(update.zero_totals, params)
+    arguments = totals, params, None, empty_blocks(1, 64), jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = update.accumulate.lower(*arguments, config=model, settings=learner).compile().memory_analysis()
+    layers = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) * jnp.dtype(dtype).itemsize
+    assert compiled.temp_size_in_bytes < layers / 2
+
+
 @pytest.mark.parametrize(
     "changes", [{"model__dtype": "bfloat16"}, {"model__lora_rank": 8, "runtime__remat": "dots"}], ids=str
 )
@@ -201,7 +213,8 @@ def test_devices_share_what_divides():
     assert shards.kv_cache == alone.kv_cache
     copies = memory.estimate(LLAMA_3B, settings(model__fsdp=1), 4)
     assert (copies.masters, copies.kv_cache) == (alone.masters, alone.kv_cache)
-    assert shards.update < copies.update < 0.3 * alone.update
+    assert shards.update == copies.update < 0.3 * alone.update  # of parameters there is no more than a layer in it
+    assert shards.gradients < copies.gradients
     with pytest.raises(InvalidConfigError, match="tensor_parallel 3 does not divide .* 8 key/value heads"):
         memory.estimate(LLAMA_3B, settings(model__tensor_parallel=3), 3)
 
