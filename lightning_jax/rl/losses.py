@@ -70,7 +70,7 @@ def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, confi
     # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
     def score(params, x_cd, target_c, temperature_c):
         logits, axis = llama.unembed(params, config, x_cd), 1
-        if mesh.platform() == "cpu":  # whose compiler is slow at a product of many columns, and at sums along them
+        if mesh.platform() == "cpu":  # [V, C]: its compiler is slow at products of many columns, and at sums along them
             logits, axis = llama.unembed_vocab_first(params, config, x_cd), 0
         per_token = functools.partial(jnp.expand_dims, axis=axis)
         logprobs = jax.nn.log_softmax(logits / per_token(temperature_c), axis)
