@@ -168,7 +168,7 @@ class Policy:
         if path is None:
             return weights.load_arrays(self._settings.model.path, dtype)[1]
         trained = self.read_trained(path, np.float32 if self.trainable.lora_rank else dtype, item)
-        if not (self.trainable.lora_rank or self.trainable.frozen):
+        if self.trainable.is_whole:
             return trained
         loaded = weights.load_arrays(self._settings.model.path, self._loaded_dtype)[1]
         frozen = lora.split(loaded, self.trainable)[1]

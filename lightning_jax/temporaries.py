@@ -78,7 +78,7 @@ def update_bytes(
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores
     # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
-    in_place = itemsize == 4 and not (learner.trainable.lora_rank or learner.trainable.frozen)
+    in_place = itemsize == 4 and learner.trainable.is_whole
     matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 1 if in_place else 2
     logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
     saved = {

@@ -213,7 +213,7 @@ def test_devices_share_what_divides():
     assert shards.kv_cache == alone.kv_cache
     copies = memory.estimate(LLAMA_3B, settings(model__fsdp=1), 4)
     assert (copies.masters, copies.kv_cache) == (alone.masters, alone.kv_cache)
-    assert shards.update == copies.update < 0.3 * alone.update  # of parameters there is no more than a layer in it
+    assert shards.update == copies.update < 0.3 * alone.update  # all layers' gradients are in neither
     assert shards.gradients < copies.gradients
     with pytest.raises(InvalidConfigError, match="tensor_parallel 3 does not divide .* 8 key/value heads"):
         memory.estimate(LLAMA_3B, settings(model__tensor_parallel=3), 3)

@@ -30,6 +30,7 @@ __all__ = [
     "RopeScaling",
     "abstract_params",
     "adapter_names",
+    "cast_outer_params",
     "cast_params",
     "forward",
     "init_params",
@@ -37,6 +38,7 @@ __all__ = [
     "rope_frequencies",
     "turn_matrices",
     "unembed",
+    "unembed_vocab_first",
     "unstack_layers",
 ]
 
@@ -151,6 +153,11 @@ def turn_matrices(params: Params) -> Params:
 def cast_params(params: Params, dtype: jnp.dtype) -> Params:
     """All parameters in the dtype to compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def cast_outer_params(params: Params, dtype: jnp.dtype) -> Params:
+    """All but the layers' in the dtype to compute in; those `forward` casts, a layer at a time."""
+    return params | cast_params({name: leaf for name, leaf in params.items() if name != "layers"}, dtype)
 
 
 def forward(

@@ -49,6 +49,11 @@ class Trainable:
         targets = tuple(dict.fromkeys(name.strip() for name in names))
         return cls(settings["lora_rank"], settings["lora_alpha"], targets, settings["frozen"])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model's own parameters learn."""
+        return not (self.lora_rank or self.frozen)
+
     def is_frozen(self, name: str) -> bool:
         """Whether one of the model's own parameters stays as it is; `name` is a leaf's, "q_dkgh"."""
         return bool(self.lora_rank or (self.frozen and re.search(self.frozen, full_name(name))))

@@ -109,7 +109,8 @@ def token_values(
         frozen: the parameters that do not learn, in the compute dtype; None where all do.
     """
     trunk = params["trunk"] if "trunk" in params else jax.lax.stop_gradient(policy)
-    trunk = llama.cast_params(lora.whole(trunk, frozen, settings.trainable), jnp.dtype(settings.compute_dtype))
+    trunk = lora.whole(trunk, frozen, settings.trainable)
+    trunk = llama.cast_outer_params(trunk, jnp.dtype(settings.compute_dtype))
     attend = batch.attend(config.sliding_window)
     x_btd, _ = llama.forward(trunk, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     with jax.named_scope("value_head"):

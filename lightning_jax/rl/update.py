@@ -134,8 +134,7 @@ def policy_logprobs(
         frozen: the rest.
     """
     params = lora.whole(params, frozen, settings.trainable)
-    outer = {name: leaf for name, leaf in params.items() if name != "layers"}  # `llama.forward` casts a layer at a time
-    params |= llama.cast_params(outer, jnp.dtype(settings.compute_dtype))
+    params = llama.cast_outer_params(params, jnp.dtype(settings.compute_dtype))
     attend = batch.attend(config.sliding_window)
     x_btd, _ = llama.forward(params, config, batch.token_bt, batch.position_bt, attend, remat=settings.remat)
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
