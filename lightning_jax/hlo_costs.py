@@ -2,7 +2,8 @@
 
 `Compiled.cost_analysis()` counts the body of a loop once, and a model's layers are a loop. Here every computation is
 counted as often as it runs: a loop of which the compiler knows how often, or whose condition compares a counter with a
-constant (scans and maps are such), any other once, so that the cost of a decode round is that of one of its steps.
+constant (scans and maps are such; nothing is taken to end them sooner), any other once, so that the cost of a decode
+round is that of one of its steps.
 
 Memory traffic is what top-level instructions read and write, each array once, a sliced one by its slice; arrays that
 the compiler keeps in a TPU's vector memory (layout `S(1)`) are free. It is an estimate: fusions may read less.
@@ -176,26 +177,27 @@ class _Walk:
             branches = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
             names = re.findall(r"%?([\w.\-]+)", branches.group(1)) if branches else []
             names += [n for n in (x.called("true_computation"), x.called("false_computation")) if n]
-            if names:  # the longest stands for whichever it is
-                self.visit(max(names, key=lambda n: len(self._computations[n])), times, fused=fused)
+            if names:  # the shortest: what is done at the least
+                self.visit(min(names, key=lambda n: len(self._computations[n])), times, fused=fused)
         elif x.opcode == "call":
             self.visit(x.called("to_apply"), times, fused=fused)
         elif x.opcode == "async-start" and (called := x.called("calls")):
             self.visit(called, times, fused=fused)
 
     def _trips(self, condition: str) -> int:
-        """How often a loop runs that counts from 0 to a constant; 1 for any other."""
-        instructions = self._computations[condition]
-        root = next(x for x in instructions.values() if x.is_root)
+        """How often a loop runs that counts from 0 to a constant, if nothing ends it sooner; 1 for any other."""
+        known = dict(self._computations[condition])
+        root = next(x for x in known.values() if x.is_root)
         if root.opcode == "fusion":
             inner = self._computations[root.called("calls")]
-            if not any(x.is_root and x.opcode == "compare" and "direction=LT" in x.rest for x in inner.values()):
-                return 1
-        elif root.opcode != "compare" or "direction=LT" not in root.rest:
-            return 1
-        for operand in root.operands:
-            if (x := instructions.get(operand)) and x.opcode == "constant" and (n := re.match(r"(\d+)\)", x.rest)):
-                return int(n.group(1))
+            for x in inner.values():
+                known[x.name] = known[root.operands[int(x.rest.split(")")[0])]] if x.opcode == "parameter" else x
+            root = next(x for x in inner.values() if x.is_root)
+        for x in [known[name] for name in root.operands] if root.opcode == "and" else [root]:
+            if x.opcode == "compare" and "direction=LT" in x.rest:
+                limit = known[x.operands[1]]
+                if limit.opcode == "constant" and (number := re.match(r"(\d+)\)", limit.rest)):
+                    return int(number.group(1))
         return 1
 
     def _collective(self, x: _Instruction, computation: _Computation, times: int) -> None:
@@ -259,7 +261,7 @@ class _Walk:
                     continue
                 if x.opcode == "bitcast":
                     aliases.append(x.name)
-                elif x.opcode in ("dynamic-slice", "gather") and x.operands[0] == alias:
+                elif x.opcode in ("dynamic-slice", "gather", "slice") and x.operands[0] == alias:
                     total += sum(size for _, size, _ in _shapes(x.type))
                 elif x.opcode == "fusion":
                     inner = x.called("calls")

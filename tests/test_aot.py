@@ -72,6 +72,7 @@ assert re.search(page, text)
 assert not re.search(rf"= ({page})\S* (copy|transpose|convert|gather)\(", text)
 assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 2 * shapes.num_pages * 16 * 8 * 64 * 2
 assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+assert not re.search(r"= f32\[64,128256\]\S* copy\(", text)  # nor the logits
 
 # A step: 13 kernels in a layer, no loop but in the filters' branch, which few steps take.
 body = re.search(r" while\(.*?body=%([\w.]+)", text[text.index("ENTRY"):]).group(1)
@@ -86,6 +87,32 @@ assert not any(" while(" in line for line in lines)
 def test_a_decode_step_on_an_h100_is_few_kernels_and_copies_no_cache():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
     done = subprocess.run([sys.executable, "-c", FOR_H100], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
+
+
+LEARNER_FOR_H100 = r"""
+import dataclasses, re
+from lightning_jax import aot
+from lightning_jax.model.shapes import named_shape
+from lightning_jax.rl.update import LearnerSettings
+
+config = dataclasses.replace(named_shape("llama3.2-1b"), num_layers=3)
+mesh = aot.described_mesh("h100:1", data=1, fsdp=1, tensor=1)
+settings = LearnerSettings(kl_coef=0.0, batch_size=12, max_seq_len=512, compute_dtype="bfloat16")
+text = aot.compile_learner(config, settings, mesh, blocks=12, length=512)["accumulate"].as_text()
+
+# The layers keep what they compute where it is, not in arrays of all layers. 4 chunks of logits are added up in place.
+assert re.search(r"= bf16\[(12,512|6144),8192\]", text)
+assert not re.search(r"\[3,(12,512|6144),", text)
+assert re.search(r"= f32\[1536,128256\]", text)
+assert not re.search(r"= \S*\[128256,2048\]\S* copy\(", text)
+"""
+
+
+@needs_gpu_compiler
+def test_the_learner_on_an_h100_stacks_no_activations_and_copies_no_gradient_of_the_unembedding():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
+    done = subprocess.run([sys.executable, "-c", LEARNER_FOR_H100], capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr
 
 
@@ -105,6 +132,21 @@ def test_costs_of_loops_count_as_often_as_they_run():
     costs = hlo_costs.of_program(jax.jit(layers).lower(*shapes).compile().as_text())
     assert costs.flops == 7 * 2 * 32 * 64 * 64
     assert costs.bytes < 7 * 4 * (64 * 64 + 20 * 32 * 64)  # one layer's weights at a time, not all seven
+
+
+def test_costs_are_the_least_of_what_ends_sooner_or_has_branches():
+    """A loop's constant bound counts beside one that only the device knows, and of two branches the shorter."""
+
+    def program(x, count, some):
+        def step(state):
+            return state[0] + 1, jnp.tanh(state[1] @ state[1])
+
+        _, x = jax.lax.while_loop(lambda state: (state[0] < 5) & (state[0] < count), step, (0, x))
+        return jax.lax.cond(some, lambda x: x @ x @ x @ x, lambda x: x @ x, x)
+
+    shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((), int), jax.ShapeDtypeStruct((), bool)
+    costs = hlo_costs.of_program(jax.jit(program).lower(*shapes).compile().as_text())
+    assert costs.flops == (5 + 1) * 2 * 64**3
 
 
 def test_a_collective_moves_what_a_ring_does():

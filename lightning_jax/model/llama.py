@@ -38,7 +38,6 @@ __all__ = [
     "rope_frequencies",
     "turn_matrices",
     "unembed",
-    "unembed_vocab_first",
     "unstack_layers",
 ]
 
@@ -212,7 +211,9 @@ def forward(
     if isinstance(layers, dict):
         if cache is not None or wanted_n is not None:
             raise ValueError("a cache and a choice of rows need unstacked layers; see unstack_layers")
-        x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers)
+        # A loop copies what its backward pass needs into arrays of all layers, of all that XLA would compute again.
+        unroll = remat is None and mesh.platform() == "gpu"
+        x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers, unroll=unroll)
     else:
         block = jax.jit(block)  # traced and lowered once for all layers; XLA inlines it
         caches = []
@@ -230,38 +231,8 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
         turned = params.get("embed_vd" if config.tie_embeddings else "unembed_vd")
         if isinstance(turned, list):
             return _turned_product(x, turned)
-        if config.tie_embeddings:
-            return _float32_product("...d,vd->...v", x, turned)
-        return _float32_product("...d,dv->...v", x, params["unembed_dv"])
-
-
-def unembed_vocab_first(params: Params, config: LlamaConfig, x_nd: jax.Array) -> jax.Array:
-    """`unembed` of hidden states [N, D] as [V, N]."""
-    with jax.named_scope("unembed"):
-        if config.tie_embeddings:
-            return _float32_product("vd,nd->vn", params["embed_vd"], x_nd)
-        return _float32_product("dv,nd->vn", params["unembed_dv"], x_nd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _float32_product(axes: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """x W in float32 of operands in a dtype that computes faster; its gradients are products in that dtype, too.
-
-    JAX's own would multiply a gradient in float32, at half the speed on GPU, of twice the size.
-    """
-    return jnp.einsum(axes, x, w, preferred_element_type=jnp.float32)
-
-
-def _float32_product_forward(axes: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _float32_product(axes, x, w), (x, w)
-
-
-def _float32_product_backward(axes: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> Any:
-    _, transposed = jax.vjp(functools.partial(jnp.einsum, axes), *saved)
-    return transposed(d_out.astype(saved[0].dtype))
-
-
-_float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+        axes, w = ("vd", turned) if config.tie_embeddings else ("dv", params["unembed_dv"])
+        return jnp.einsum(f"...d,{axes}->...v", x, w, preferred_element_type=jnp.float32)
 
 
 def _block(

@@ -5,6 +5,8 @@ log-prob of token t given the tokens before it, and is 0 at t = 0, which nothing
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,55 +52,140 @@ def token_logprobs(
         logprob_bt: [B, T] float32, nats; 0 where the token is not wanted, and at position 0.
         entropy_bt: [B, T] float32, nats; likewise.
     """
-    name = "embed_vd" if config.tie_embeddings else "unembed_dv"
-    of_rows = functools.partial(_token_logprobs, config=config, chunk=chunk)
-    return mesh.on_own_rows(of_rows, {name: params[name]}, x_btd, token_bt, temperature_bt, wanted_bt)
+    w, axes = (params["embed_vd"], "vd") if config.tie_embeddings else (params["unembed_dv"], "dv")
+    of_rows = functools.partial(_token_logprobs, axes=axes, chunk=chunk)
+    return mesh.on_own_rows(of_rows, w, x_btd, token_bt, temperature_bt, wanted_bt)
 
 
-def _token_logprobs(params, x_btd, token_bt, temperature_bt, wanted_bt, *, config, chunk):
-    """`token_logprobs` on one device, of its rows; their tokens are one axis, `N`, and those of a chunk `C`."""
+def _token_logprobs(w, x_btd, token_bt, temperature_bt, wanted_bt, *, axes, chunk):
+    """`token_logprobs` on one device, of its rows; their tokens are one axis, `N`, which is `I` chunks of `C`."""
     b, t = token_bt.shape
-    chunk = chunk or chunk_length(b * t, config.vocab_size, mesh.platform())
+    chunk = chunk or chunk_length(b * t, w.shape[axes.index("v")], mesh.platform())
     temperature_bt = jnp.where(temperature_bt == 0, 1.0, temperature_bt)
     wanted_bt &= jnp.arange(t) > 0
     # What is known of the next token, at the position of the hidden state that predicts it.
     target_n, temperature_n, wanted_n = (
         jnp.roll(x, -1, axis=1).reshape(b * t) for x in (token_bt, temperature_bt, wanted_bt)
     )
-    x_nd = x_btd.reshape(b * t, -1)
-
-    # The parameters are an argument: what a checkpointed function closes over is saved, not computed again.
-    def score(params, x_cd, target_c, temperature_c):
-        logits, axis = llama.unembed(params, config, x_cd), 1
-        if mesh.platform() == "cpu":  # [V, C]: its compiler is slow at products of many columns, and at sums along them
-            logits, axis = llama.unembed_vocab_first(params, config, x_cd), 0
-        per_token = functools.partial(jnp.expand_dims, axis=axis)
-        logprobs = jax.nn.log_softmax(logits / per_token(temperature_c), axis)
-        # A masked sum, not a gather: its gradient needs no scatter, and it works on a sharded vocabulary.
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) == per_token(target_c)
-        logprob_c = jnp.sum(jnp.where(is_target, logprobs, 0.0), axis)
-        entropy_c = -jnp.sum(jnp.exp(logprobs) * logprobs, axis)
-        return logprob_c, entropy_c
-
+    arrays = [x_btd.reshape(b * t, -1), target_n, temperature_n, wanted_n]
     with jax.named_scope("token_logprobs"):
-        if chunk == b * t:
-            scores = score(params, x_nd, target_n, temperature_n)
-        else:
+        if chunk < b * t:
             order_n = jnp.argsort(~wanted_n, stable=True)
-
-            # Checkpointed whole as well: what a cond saves, the parameters too, would be kept for every chunk.
-            @jax.checkpoint
-            def score_chunk(params, wanted_c, *arguments):
-                zeros_c = jnp.zeros(chunk)
-                return jax.lax.cond(
-                    jnp.any(wanted_c), jax.checkpoint(score), lambda *_: (zeros_c, zeros_c), params, *arguments
-                )
-
-            arrays = [x[order_n].reshape(-1, chunk, *x.shape[1:]) for x in (wanted_n, x_nd, target_n, temperature_n)]
-            scores = jax.lax.map(lambda of_chunk: score_chunk(params, *of_chunk), arrays)
+            arrays = [x[order_n] for x in arrays]
+        scores = _scores(axes, w, *(x.reshape(-1, chunk, *x.shape[1:]) for x in arrays))
+        scores = [x_ic.reshape(b * t) for x_ic in scores]
+        if chunk < b * t:
             place_n = jnp.argsort(order_n)
-            scores = [x.reshape(b * t)[place_n] for x in scores]
-        return tuple(jnp.where(wanted_bt, jnp.roll(x.reshape(b, t), 1, axis=1), 0.0) for x in scores)
+            scores = [x_n[place_n] for x_n in scores]
+        return tuple(jnp.where(wanted_bt, jnp.roll(x_n.reshape(b, t), 1, axis=1), 0.0) for x_n in scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(
+    axes: str, w: jax.Array, x_icd: jax.Array, target_ic: jax.Array, temperature_ic: jax.Array, wanted_ic: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies of chunks of tokens, [I, C] float32 each; 0 where nothing of a chunk is wanted.
+
+    With a backward pass of its own: JAX's would reduce the logits of each chunk again, and add up the gradients of `w`,
+    the unembedding with axes "vd" or "dv", in the dtype of `w`.
+    """
+    return _scores_forward(axes, w, x_icd, target_ic, temperature_ic, wanted_ic)[0]
+
+
+def _scores_forward(
+    axes: str, w: jax.Array, x_icd: jax.Array, target_ic: jax.Array, temperature_ic: jax.Array, wanted_ic: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    axis, chunks = _vocab_axis(), (x_icd, target_ic, temperature_ic)
+
+    def score(x_cd: jax.Array, target_c: jax.Array, temperature_c: jax.Array) -> tuple[jax.Array, ...]:
+        logits = _logits(axes, w, x_cd, temperature_c)
+        most_c = jnp.max(logits, axis)
+        weight = jnp.exp(logits - jnp.expand_dims(most_c, axis))
+        sum_c = jnp.sum(weight, axis)
+        # A masked sum, not a gather: it works on a sharded vocabulary.
+        logit_c = jnp.sum(jnp.where(_is_target(target_c, logits.shape), logits, 0.0), axis)
+        logprob_c = logit_c - most_c - jnp.log(sum_c)
+        logsum_c = most_c + jnp.log(sum_c)
+        entropy_c = logsum_c - jnp.sum(weight * logits, axis) / sum_c
+        return logprob_c, entropy_c, logsum_c, logits
+
+    def add_chunk(i: jax.Array, results: list[jax.Array], *chunk: jax.Array) -> list[jax.Array]:
+        return [x_ic.at[i].set(x_c) for x_ic, x_c in zip(results, score(*chunk)[:3], strict=True)]
+
+    if len(x_icd) == 1:
+        *results, logits = score(*(x[0] for x in chunks))
+        logprob_ic, entropy_ic, logsum_ic = (x_c[None] for x_c in results)
+    else:
+        nothing, logits = [jnp.zeros(target_ic.shape)] * 3, None
+        logprob_ic, entropy_ic, logsum_ic = _each_wanted(add_chunk, nothing, wanted_ic, chunks)
+    return (logprob_ic, entropy_ic), (w, chunks, wanted_ic, (entropy_ic, logsum_ic), logits)
+
+
+def _scores_backward(axes: str, saved: tuple, d_scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
+    w, chunks, wanted_ic, results, logits = saved
+    axis, chunks = _vocab_axis(), (*chunks, *results, *d_scores)
+    out, product = "vc" if axis == 0 else "cv", functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def gradients(
+        logits: jax.Array, x_cd: jax.Array, target_c: jax.Array, *per_token: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        temperature, entropy, logsum, d_logprob, d_entropy = (jnp.expand_dims(x_c, axis) for x_c in per_token)
+        logprobs = logits - logsum
+        d_logits = jnp.where(_is_target(target_c, logits.shape), d_logprob, 0.0)
+        d_logits -= jnp.exp(logprobs) * (d_logprob + d_entropy * (logprobs + entropy))
+        # Products in the dtype to compute in: in float32 they would take twice as long on GPU.
+        d_logits = (d_logits / temperature).astype(w.dtype)
+        return product(f"{out},cd->{axes}", d_logits, x_cd), product(f"{out},{axes}->cd", d_logits, w)
+
+    def add_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array], *chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_cd, target_c, temperature_c, *_ = chunk
+        d_w, d_x_cd = gradients(_logits(axes, w, x_cd, temperature_c), *chunk)
+        return sums[0] + d_w, sums[1].at[i].set(d_x_cd.astype(x_cd.dtype))
+
+    if logits is not None:
+        d_w, d_x_cd = gradients(logits, *(x[0] for x in chunks))
+        d_x_icd = d_x_cd[None].astype(chunks[0].dtype)
+    else:
+        nothing = jnp.zeros(w.shape), jnp.zeros_like(chunks[0])
+        d_w, d_x_icd = _each_wanted(add_chunk, nothing, wanted_ic, chunks)
+    return d_w.astype(w.dtype), d_x_icd, None, None, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _each_wanted(visit: Callable, carry: Any, wanted_ic: jax.Array, arrays: tuple[jax.Array, ...]) -> Any:
+    """`visit(i, carry, *chunk)` with each chunk `i` of the arrays in which a token is wanted; those come first."""
+    last = jnp.sum(jnp.any(wanted_ic, axis=1), dtype=jnp.int32)
+
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        i, carry = state
+        chunk = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in arrays)
+        return i + 1, visit(i, carry, *chunk)
+
+    def goes_on(state: tuple[jax.Array, Any]) -> jax.Array:
+        return (state[0] < len(wanted_ic)) & (state[0] < last)  # the constant is for who reads the program
+
+    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), carry))[1]
+
+
+def _vocab_axis() -> int:
+    """Of a chunk's logits. The compiler for CPU is slow at products of many columns, and at sums along them."""
+    return 0 if mesh.platform() == "cpu" else 1
+
+
+def _logits(axes: str, w: jax.Array, x_cd: jax.Array, temperature_c: jax.Array) -> jax.Array:
+    """[V, C] or [C, V] float32, see `_vocab_axis`, at each token's temperature."""
+    axis = _vocab_axis()
+    operands = (f"{axes},cd->vc", w, x_cd) if axis == 0 else (f"cd,{axes}->cv", x_cd, w)
+    with jax.named_scope("unembed"):
+        logits = jnp.einsum(*operands, preferred_element_type=jnp.float32)
+    return logits / jnp.expand_dims(temperature_c, axis)
+
+
+def _is_target(target_c: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    axis = _vocab_axis()
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) == jnp.expand_dims(target_c, axis)
 
 
 def chunk_length(num_tokens: int, vocab_size: int, platform: str) -> int:
