@@ -137,12 +137,17 @@ def _filtered(x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top
     """-inf for tokens that top-k and top-p leave out."""
     filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & (temperature_b > 0.0)
 
-    def some(x_bv: jax.Array) -> jax.Array:
+    def lowest(x_bv: jax.Array) -> jax.Array:
         weight_bv = jnp.exp(x_bv - jnp.max(x_bv, axis=-1, keepdims=True))
-        kept_bv = _filter(weight_bv, top_k_b, top_p_b) > 0.0
-        return jnp.where(kept_bv | ~filtered_b[:, None], x_bv, -jnp.inf)
+        least_b1 = _least_weight(weight_bv, top_k_b, top_p_b)[:, None]
+        kept_bv = (weight_bv >= least_b1) & (weight_bv > 0.0)
+        return jnp.where(filtered_b, jnp.min(jnp.where(kept_bv, x_bv, jnp.inf), axis=-1), -jnp.inf)
 
-    return jax.lax.cond(jnp.any(filtered_b), some, lambda x_bv: x_bv, x_bv)
+    # One number a row: logits that a branch only passes on are copied.
+    lowest_b = jax.lax.cond(
+        jnp.any(filtered_b), lowest, lambda _: jnp.full(filtered_b.shape, -jnp.inf, x_bv.dtype), x_bv
+    )
+    return jnp.where(x_bv < lowest_b[:, None], -jnp.inf, x_bv)
 
 
 def _in_blocks(x_bv: jax.Array, fill: float) -> jax.Array:
@@ -176,11 +181,11 @@ def _first_above(cumulative_bn: jax.Array, weight_bn: jax.Array, threshold_b: ja
     return jnp.minimum(first_b, last_b)
 
 
-def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
-    """Weights with those below the top-k and then the top-p threshold set to 0.
+def _least_weight(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax.Array:
+    """The least weight that top-k and then top-p keep, [B] float32.
 
-    Thresholds are found by bisection over the bits of the float, which order like integers for numbers >= 0: exact, in
-    as many passes as there are bits or a third of it, with no sort; and only those that somebody asks for.
+    Found by bisection over the bits of the float, which order like integers for numbers >= 0: exact, in as many passes
+    as there are bits or a third of it, with no sort; and only what somebody asks for.
     """
     at_once = 1 if mesh.platform() == "cpu" else 3  # bits: elsewhere several sums are made of what is read once
 
@@ -200,15 +205,15 @@ def _filter(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) -> jax
 
     def by_count(weight_bv: jax.Array) -> jax.Array:
         count_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
-        least_b = highest(_in_blocks(weight_bv, 0.0), 1, count_b)
-        return jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
+        return highest(_in_blocks(weight_bv, 0.0), 1, count_b)
 
-    def by_mass(weight_bv: jax.Array) -> jax.Array:
+    def by_mass(weight_bv: jax.Array, least_b: jax.Array) -> jax.Array:
+        weight_bv = jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
         weight_bnm = _in_blocks(weight_bv, 0.0)
-        least_b = highest(weight_bnm, weight_bnm, top_p_b * jnp.sum(weight_bv, axis=-1))
-        least_b = jnp.minimum(least_b, jnp.max(weight_bv, axis=-1))  # top_p 0 still keeps the likeliest
-        least_b = jnp.where(top_p_b < 1.0, least_b, 0.0)
-        return jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
+        least_of_mass_b = highest(weight_bnm, weight_bnm, top_p_b * jnp.sum(weight_bv, axis=-1))
+        least_of_mass_b = jnp.minimum(least_of_mass_b, jnp.max(weight_bv, axis=-1))  # top_p 0 keeps the likeliest
+        return jnp.where(top_p_b < 1.0, jnp.maximum(least_of_mass_b, least_b), least_b)
 
-    weight_bv = jax.lax.cond(jnp.any(top_k_b > 0), by_count, lambda weight_bv: weight_bv, weight_bv)
-    return jax.lax.cond(jnp.any(top_p_b < 1.0), by_mass, lambda weight_bv: weight_bv, weight_bv)
+    nothing_b = jnp.zeros(weight_bv.shape[0], weight_bv.dtype)
+    least_b = jax.lax.cond(jnp.any(top_k_b > 0), by_count, lambda _: nothing_b, weight_bv)
+    return jax.lax.cond(jnp.any(top_p_b < 1.0), by_mass, lambda _, least_b: least_b, weight_bv, least_b)
