@@ -55,9 +55,9 @@ def update_bytes(
 ) -> int:
     """`update.accumulate` for a micro-batch of conversations that are all as long as they may be.
 
-    Within 20% of what XLA compiles for the CPU, mostly. For TPU, held against Llama 3.2 1B and 3B in bfloat16 with rows
-    of 4096 tokens: within 3%, and 15% with adapters; on meshes within 5%, but for 3B on 16 chips of `fsdp`, which take
-    a third more. GPUs are taken to be as TPUs.
+    Within 20% of what XLA compiles for the CPU, mostly. For TPU and GPU, held against Llama 3.2 1B in bfloat16 with 2
+    and 8 rows of 2048 tokens on one device, and for TPU against 3B as well: between 4% below and 23% above, where all
+    is recomputed with adapters up to twice as much; with four TPU chips along `fsdp` a third above.
     """
     copies, shards, ways = sizes
     blocks, length = largest_micro_batch(learner, max_seq_len, sizes)
@@ -70,26 +70,32 @@ def update_bytes(
     params = param_bytes(trained, jnp.dtype(learner.compute_dtype), sizes)
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
-    score_bytes = blocks * heads * min(length, attention.LONGEST_DENSE) * length * 4
-    if platform == "cpu" and length > attention.LONGEST_DENSE:
+    has_kernel = platform == "tpu" or (platform == "gpu" and itemsize < 4)  # of attention, which keeps no scores
+    kept_scores = 2 * heads * length if length <= attention.LONGEST_DENSE and not has_kernel else 0  # of a token
+    score_bytes = blocks * heads * length**2 * 4 if kept_scores else 0
+    if length > attention.LONGEST_DENSE and not has_kernel:
         score_bytes = heads * attention.SCORE_BLOCK**2 * 4  # of one row and of one block after the other
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
     scores = (2.5 if platform == "cpu" else 3) * score_bytes
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores
-    # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
     is_constant = learner.trainable.is_frozen("embed_vd" if model.tie_embeddings else "unembed_dv")
-    in_place = itemsize == 4 and learner.trainable.is_whole
-    matrices = 0 if platform != "cpu" or (is_constant and itemsize == 4) else 1 if in_place else 2
-    logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
+    in_place = learner.trainable.is_whole and (itemsize == 4 or platform != "cpu")
+    if platform == "cpu":
+        # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
+        matrices = 0 if is_constant and itemsize == 4 else 1 if in_place else 2
+        logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
+    else:  # with their gradient; the unembedding's in float32 and, like itself, in the compute dtype
+        logits = (4 + itemsize) * chunk * vocab
+        logits += 0 if is_constant else (4 if itemsize == 4 else 4 + 2 * itemsize) * vocab * width
     saved = {
         "full": width,
         "dots": 3 * width + qkv + 2 * mlp + adapted,
-        None: 15 * width + 7 * qkv + (2 * heads * length if length <= attention.LONGEST_DENSE else 0),
+        None: 15 * width + 7 * qkv + kept_scores,
     }[learner.remat]
     gradients = 0 if in_place else param_bytes(trained, jnp.dtype("float32"), sizes)
     gradients += 3 * params if itemsize < 4 else 0
-    if platform != "cpu":
-        gradients = 2 * params if itemsize < 4 else params  # the weights and their gradients in the compute dtype
+    if platform != "cpu":  # the weights and their gradients in the compute dtype; TPU programs keep such weights anyway
+        gradients = (params if platform == "tpu" else 0) if in_place else 2 * params if itemsize < 4 else params
         layer *= 1.5  # attention's kernels have work space of their own
         if copies * shards > 1:  # the unembedding as it is gathered, and its gradient
             gradients += (1 if is_constant else 2) * vocab * width * itemsize
