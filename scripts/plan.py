@@ -146,7 +146,7 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
     on_device = sum(kept.values()) - sum(hosted.values())
     learning = on_device - kept["sampler's weights"]  # they are made again when the update is done
     plan["peak_bytes"] = max(
-        on_device + temporary.get("decode", 0),
+        on_device - kept["gradients"] + temporary.get("decode", 0),  # those are there for an update only
         learning + max(size for name, size in temporary.items() if name != "decode"),
         learning + hosted.get("optimizer", 0) + temporary.get("apply", 0),  # the optimizer's step
     )
