@@ -156,7 +156,7 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 def _each_wanted(visit: Callable, carry: Any, wanted_ic: jax.Array, arrays: tuple[jax.Array, ...]) -> Any:
     """`visit(i, carry, *chunk)` with each chunk `i` of the arrays in which a token is wanted; those come first."""
-    last = jnp.sum(jnp.any(wanted_ic, axis=1), dtype=jnp.int32)
+    count = jnp.sum(jnp.any(wanted_ic, axis=1), dtype=jnp.int32)
 
     def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         i, carry = state
@@ -164,7 +164,7 @@ def _each_wanted(visit: Callable, carry: Any, wanted_ic: jax.Array, arrays: tupl
         return i + 1, visit(i, carry, *chunk)
 
     def goes_on(state: tuple[jax.Array, Any]) -> jax.Array:
-        return (state[0] < len(wanted_ic)) & (state[0] < last)  # the constant is for who reads the program
+        return (state[0] < len(wanted_ic)) & (state[0] < count)  # the constant tells `hlo_costs` the most turns
 
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), carry))[1]
 
