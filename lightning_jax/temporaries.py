@@ -71,10 +71,8 @@ def update_bytes(
 
     # Inside one layer, or where logits are made of its output: the larger of the two.
     has_kernel = platform == "tpu" or (platform == "gpu" and itemsize < 4)  # of attention, which keeps no scores
-    kept_scores = 2 * heads * length if length <= attention.LONGEST_DENSE and not has_kernel else 0  # of a token
-    score_bytes = blocks * heads * length**2 * 4 if kept_scores else 0
-    if length > attention.LONGEST_DENSE and not has_kernel:
-        score_bytes = heads * attention.SCORE_BLOCK**2 * 4  # of one row and of one block after the other
+    is_dense = length <= attention.LONGEST_DENSE and not has_kernel  # or else of one row and one block after the other
+    score_bytes = 4 * heads * (blocks * length**2 if is_dense else 0 if has_kernel else attention.SCORE_BLOCK**2)
     adapted = qkv + 2 * mlp if learner.trainable.lora_rank else 0  # the adapters' own products
     scores = (2.5 if platform == "cpu" else 3) * score_bytes
     layer = tokens * (16 * width + 8.5 * qkv + 2 * adapted) * itemsize + scores
@@ -84,21 +82,24 @@ def update_bytes(
         # The unembedding's gradient, or what bfloat16 is turned into to be multiplied.
         matrices = 0 if is_constant and itemsize == 4 else 1 if in_place else 2
         logits = 4 * (3 * chunk * vocab + matrices * vocab * width + 4 * tokens * width)
-    else:  # with their gradient; the unembedding's in float32 and, like itself, in the compute dtype
+        gradients = 0 if in_place else param_bytes(trained, jnp.dtype("float32"), sizes)
+        gradients += 3 * params if itemsize < 4 else 0
+    else:
+        layer *= 1.5  # attention's kernels have work space of their own
+        # With their gradient; the unembedding's in float32 and, like itself, in the compute dtype.
         logits = (4 + itemsize) * chunk * vocab
         logits += 0 if is_constant else (4 if itemsize == 4 else 4 + 2 * itemsize) * vocab * width
+        if in_place:
+            gradients = params if platform == "tpu" else 0  # whose programs keep all weights in the compute dtype
+        else:  # those weights, and their gradients
+            gradients = 2 * params if itemsize < 4 else params
+        if copies * shards > 1:  # the unembedding as it is gathered, and its gradient
+            gradients += (1 if is_constant else 2) * vocab * width * itemsize
     saved = {
         "full": width,
         "dots": 3 * width + qkv + 2 * mlp + adapted,
-        None: 15 * width + 7 * qkv + kept_scores,
+        None: 15 * width + 7 * qkv + (2 * heads * length if is_dense else 0),
     }[learner.remat]
-    gradients = 0 if in_place else param_bytes(trained, jnp.dtype("float32"), sizes)
-    gradients += 3 * params if itemsize < 4 else 0
-    if platform != "cpu":  # the weights and their gradients in the compute dtype; TPU programs keep such weights anyway
-        gradients = (params if platform == "tpu" else 0) if in_place else 2 * params if itemsize < 4 else params
-        layer *= 1.5  # attention's kernels have work space of their own
-        if copies * shards > 1:  # the unembedding as it is gathered, and its gradient
-            gradients += (1 if is_constant else 2) * vocab * width * itemsize
     return int(gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits))
 
 

@@ -55,6 +55,12 @@ def test_learner_and_decode_compile_for_gpu_with_its_kernel():
     assert told["programs"]["accumulate"]["collectives"] and told["programs"]["accumulate"]["seconds"] > 0
 
 
+def run_with_gpu_compiler(code):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
+
+
 FOR_H100 = r"""
 import dataclasses, re
 from lightning_jax import aot
@@ -85,9 +91,7 @@ assert not any(" while(" in line for line in lines)
 
 @needs_gpu_compiler
 def test_a_decode_step_on_an_h100_is_few_kernels_and_copies_no_cache():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
-    done = subprocess.run([sys.executable, "-c", FOR_H100], capture_output=True, text=True, env=environment)
-    assert not done.returncode, done.stderr
+    run_with_gpu_compiler(FOR_H100)
 
 
 LEARNER_FOR_H100 = r"""
@@ -111,9 +115,7 @@ assert not re.search(r"= \S*\[128256,2048\]\S* copy\(", text)
 
 @needs_gpu_compiler
 def test_the_learner_on_an_h100_stacks_no_activations_and_copies_no_gradient_of_the_unembedding():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(GPU_COMPILER)])}
-    done = subprocess.run([sys.executable, "-c", LEARNER_FOR_H100], capture_output=True, text=True, env=environment)
-    assert not done.returncode, done.stderr
+    run_with_gpu_compiler(LEARNER_FOR_H100)
 
 
 def test_memory_on_a_gpu_is_told_without_one():

@@ -211,7 +211,7 @@ def forward(
     if isinstance(layers, dict):
         if cache is not None or wanted_n is not None:
             raise ValueError("a cache and a choice of rows need unstacked layers; see unstack_layers")
-        # A loop copies what its backward pass needs into arrays of all layers, of all that XLA would compute again.
+        # A loop stacks what its backward pass needs, and also what XLA would rather compute again.
         unroll = remat is None and mesh.platform() == "gpu"
         x_btd, _ = jax.lax.scan(lambda x, layer: (block(x, layer, None)[0], None), x_btd, layers, unroll=unroll)
     else:
