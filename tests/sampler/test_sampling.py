@@ -145,6 +145,17 @@ def test_noise_is_uniform_and_independent_over_positions_and_keys():
     assert u.min() >= 0.0 and u.max() < 1.0
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_noise_is_what_jax_random_makes_of_key_and_position(platform, monkeypatch):
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
+    keys = np.array([noise_key(1), noise_key(2), (0, 2**32 - 1)], np.uint32)
+    positions = np.array([[0, 1, 5], [7, 2**20, 3], [4, 2**31 - 1, 2]], np.int32)
+    for key, row, found in zip(keys, positions, np.asarray(uniform_noise(keys, positions)), strict=True):
+        folded = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), p) for p in row]
+        bits = np.array([jax.random.bits(k, dtype=jnp.uint32) for k in folded])
+        np.testing.assert_array_equal(found * 2**24, bits >> 8)
+
+
 def test_noise_of_a_position_does_not_depend_on_what_is_asked_with_it():
     key = jnp.asarray([noise_key(1), noise_key(2)], jnp.uint32)
     both = np.asarray(uniform_noise(key, jnp.asarray([[5, 6, 7], [5, 6, 7]])))
