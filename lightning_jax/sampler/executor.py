@@ -126,7 +126,7 @@ class Executor:
             sample[programs.ROW] = row
             if sequence.shape is None:  # else a decode round samples its next token, and only pages are copied here
                 sample[programs.SLOT] = sequence.slot
-                sample[programs.ROOM] = sequence.limit - sequence.target
+                sample[programs.ROOM], sample[programs.FIRST] = sequence.limit - sequence.target, sequence.target
                 sample[programs.TOP_K : programs.STATE_WIDTH] = sequence.sampling_columns
             if sequence.leader is not None and sequence.target % self._page_size:
                 last = sequence.target // self._page_size
@@ -232,16 +232,16 @@ class Executor:
         if self._tell is not None:
             self._tell(Executor._run_prefill, control, samples, shape)
         with self._device():
-            self._pages, self._state = self._programs.prefill(
+            self._pages, logits_nv = self._programs.prefill(
                 self._params,
                 self._pages,
-                self._state,
                 control,
                 samples,
                 config=self._config,
                 chunk=shape.chunk,
                 tokens=shape.tokens,
             )
+            self._state = self._programs.begin(self._state, logits_nv, samples)
 
     def _run_decode(
         self, control: np.ndarray, steps: np.int32, round_shaping: programs.Shaping | None = None

@@ -1,4 +1,4 @@
-"""The device programs: prefill, a decode round, and making weights ready for both.
+"""The device programs: prefill, the first token after it, a decode round, and making weights ready for them.
 
 The state of all slots is one int32 matrix with a column per fact, floats bit-cast, and so is everything the host sends
 with a dispatch: few arrays in, one array out, one scatter. The last row of the state belongs to padding.
@@ -24,10 +24,11 @@ TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, ST
 STATE_WIDTH = STOP + MAX_STOP_IDS
 # What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table.
 START, LENGTH, PREFILL_WIDTH = range(3)
-# And for each sequence that samples after it: its slot, its row, how many tokens it may sample (these stand where the
-# state has what is not known yet), the columns from `TOP_K` on as in the state, and for a sequence that shares its row
-# with another the page that it will write to, and which token of the chunk is the first that belongs there.
-SLOT, ROW, ROOM = range(3)
+# And for each sequence that samples after it: its slot, its row, how many tokens it may sample and at which position the
+# first of them will be (these stand where the state has what is not known yet), the columns from `TOP_K` on as in the
+# state, and for a sequence that shares its row with another the page that it will write to, and which token of the
+# chunk is the first that belongs there.
+SLOT, ROW, ROOM, FIRST = range(4)
 COPY_FIRST, COPY_PAGE, SAMPLE_WIDTH = range(STATE_WIDTH, STATE_WIDTH + 3)
 
 
@@ -56,11 +57,12 @@ class Programs:
 
     prepare_params: Callable
     prefill: Callable
+    begin: Callable
     decode: Callable
 
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return sum(program._cache_size() for program in (self.prepare_params, self.prefill, self.decode))
+        return sum(program._cache_size() for program in (self.prepare_params, self.prefill, self.begin, self.decode))
 
 
 def jitted() -> Programs:
@@ -76,9 +78,10 @@ def _jitted(platform: str) -> Programs:
         prefill=jax.jit(
             prefill,
             static_argnames=("config", "chunk", "tokens"),
-            donate_argnames=("pages", "state"),
+            donate_argnames="pages",
             compiler_options=options,
         ),
+        begin=jax.jit(begin, donate_argnames="state", compiler_options=options),
         decode=jax.jit(
             decode,
             static_argnames=("config", "steps"),
@@ -126,7 +129,6 @@ def prepare_params(params: llama.Params, dtype: jnp.dtype) -> llama.Params:
 def prefill(
     params: llama.Params,
     pages: list[kv_cache.Pages],
-    state: jax.Array,
     control: jax.Array,
     samples: jax.Array,
     *,
@@ -134,19 +136,19 @@ def prefill(
     chunk: int,
     tokens: int,
 ) -> tuple[list[kv_cache.Pages], jax.Array]:
-    """Computes a chunk of each row's prompt, and samples the token after it for those whose prompt ends there.
+    """Computes a chunk of each row's prompt, and the logits after it for those whose prompt ends there.
 
     All but attention is computed of the rows' tokens without the gaps between them.
 
     Args:
         params: as `prepare_params` makes them.
-        pages, state: donated.
+        pages: donated.
         control: [B, PREFILL_WIDTH + chunk + P] int32.
         samples: [N, SAMPLE_WIDTH] int32; unused ones have the slot of padding.
         tokens: how many all rows together may have.
 
     Returns:
-        The new pages and state.
+        The new pages, and the logits, [N, V] float32.
     """
     token_bt = control[:, PREFILL_WIDTH : PREFILL_WIDTH + chunk]
     page_table_bp = control[:, PREFILL_WIDTH + chunk :]
@@ -163,13 +165,27 @@ def prefill(
     few = last_n.size < token_m1.size  # or else the last layer has less to do for all of them
     x_n1d, pages = llama.forward(params, config, token_m1, position_m1, attend, pages, wanted_n=last_n if few else None)
     logits_nv = llama.unembed(params, config, (x_n1d if few else x_n1d[last_n])[:, 0])
-    position_n = start_b[row_n] + length_b[row_n]
+    return pages, mesh_lib.constrain(logits_nv, None, "vocab")
+
+
+def begin(state: jax.Array, logits_nv: jax.Array, samples: jax.Array) -> jax.Array:
+    """Samples the tokens after a prefill. A program of its own, and so compiled once for all shapes of prefills.
+
+    Args:
+        state: donated.
+        logits_nv: as `prefill` returns them.
+        samples: what that was given.
+
+    Returns:
+        The new state.
+    """
+    position_n = samples[:, FIRST]
     noise_n1 = sampling.uniform_noise(_noise_key(samples), position_n[:, None])
     token_n, logprob_n = _sample(logits_nv, samples, noise_n1[:, 0])
     remaining_n = jnp.where(_stops(token_n, samples), 0, samples[:, ROOM] - 1)
     known_n4 = jnp.stack([token_n, position_n, remaining_n, _bits(logprob_n)], axis=-1)
     rows = jnp.concatenate([known_n4, samples[:, TOP_K:STATE_WIDTH]], axis=-1)
-    return pages, state.at[samples[:, SLOT]].set(rows, mode="promise_in_bounds")
+    return state.at[samples[:, SLOT]].set(rows, mode="promise_in_bounds")
 
 
 def decode(
