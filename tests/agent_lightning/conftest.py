@@ -17,7 +17,7 @@ OUR_METADATA = ("mode", "rollout_id", "attempt", "step", "policy_version")  # wh
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
-    """The configuration of a small server."""
+    """The configuration of a small server, with the programs of configs/two_models.py for the sampler."""
     from lightning_jax import config
 
     settings = config.default_config()
@@ -27,8 +27,8 @@ def settings(tmp_path_factory):
     settings.runtime.max_seq_len = 64
     settings.runtime.gradient_accumulation = 1
     settings.runtime.remat = "none"
-    settings.sampler.max_slots = 8
-    settings.sampler.kv_cache_tokens = 1024
+    settings.sampler.max_slots = 16
+    settings.sampler.kv_cache_tokens = 2048
     settings.sampler.page_size = 8
     settings.sampler.decode_steps = 4
     settings.sampler.prefill_chunk = 32

@@ -38,14 +38,14 @@ def my_agent(resource, task):
     return float(len(set(reply.choices[0].message.content)))
 """
 
-# A server that is up in seconds: few shapes to compile.
+# A server that is up in seconds: few shapes to compile, those of conftest.py.
 SMALL = {
     "algorithm.group_size": 2,
     "runtime.max_seq_len": 64,
     "runtime.gradient_accumulation": 1,
     "runtime.remat": "none",
-    "sampler.max_slots": 8,
-    "sampler.kv_cache_tokens": 1024,
+    "sampler.max_slots": 16,
+    "sampler.kv_cache_tokens": 2048,
     "sampler.page_size": 8,
     "sampler.decode_steps": 4,
     "sampler.prefill_chunk": 32,

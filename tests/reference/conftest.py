@@ -12,15 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "agent_lightning.cli")
-# The smallest shapes in which all of it works: what is tested is the interface.
+# The sampler's shapes are the quickstart's, whose programs are compiled already: what is tested is the interface.
 SMALL = {
     "algorithm.group_size": 2,
-    "runtime.max_seq_len": 256,
+    "runtime.max_seq_len": 128,
     "runtime.gradient_accumulation": 1,
     "runtime.batch_size": 16,
     "runtime.checkpoint_interval": 1,
-    "sampler.max_slots": 8,
-    "sampler.kv_cache_tokens": 2048,
+    "sampler.max_slots": 16,
+    "sampler.kv_cache_tokens": 4096,
+    "sampler.page_size": 8,
+    "sampler.decode_steps": 4,
+    "sampler.prefill_chunk": 32,
     "sampler.max_tokens": 8,
     "logging.tensorboard": "false",
 }
