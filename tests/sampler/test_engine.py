@@ -358,8 +358,9 @@ def test_workspaces_are_kept_while_they_are_no_larger_than_the_pages(small, num_
 
 def test_nothing_is_compiled_after_warmup(small, prompts):
     engine = small.engine(max_slots=16, decode_steps=5)
-    seen = []
+    begun, seen = programs.jitted().begin._cache_size(), []
     engine.warmup(lambda done, total: seen.append((done, total)))
+    assert programs.jitted().begin._cache_size() <= begun + 1 < begun + len(engine._executor._prefill_shapes)
     assert [done for done, _ in seen] == list(range(1, seen[0][1] + 1))
     compiled = programs.jitted().compilations()
     run(engine, mixed_requests(prompts), between=engine.step)
