@@ -24,7 +24,7 @@ TOKEN, POSITION, REMAINING, LOGPROB, TOP_K, KEY_0, KEY_1, TEMPERATURE, TOP_P, ST
 STATE_WIDTH = STOP + MAX_STOP_IDS
 # What the host sends for each row of a prefill: these columns, the chunk's tokens, the page table.
 START, LENGTH, PREFILL_WIDTH = range(3)
-# And for each sequence that samples after it: its slot, its row, how many tokens it may sample and at which position the
+# And for each sequence that samples after it: its slot, its row, how many tokens it may sample, at which position the
 # first of them will be (these stand where the state has what is not known yet), the columns from `TOP_K` on as in the
 # state, and for a sequence that shares its row with another the page that it will write to, and which token of the
 # chunk is the first that belongs there.
