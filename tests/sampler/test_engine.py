@@ -373,16 +373,9 @@ def test_nothing_is_compiled_after_warmup(small, prompts):
 def test_no_program_copies_the_pages_and_none_computes_angles_in_a_layer(small):
     """They are donated and written in place, however many there are. The angles are found once for all layers."""
     executor = small.engine()._executor
-    compiled = [
-        executor._programs.prefill.lower(
-            executor._params,
-            executor._pages,
-            *executor._prefill_control(PrefillShape(4, 16, 32)),
-            config=SMALL,
-            chunk=16,
-            tokens=32,
-        )
-    ]
+    control, samples = executor._prefill_control(PrefillShape(4, 16, 32))
+    sizes = {"config": SMALL, "chunk": 16, "tokens": 32}
+    compiled = [executor._programs.prefill.lower(executor._params, executor._pages, control, samples, **sizes)]
     for (rows, width), dense in executor._decode_shapes.items():
         executor._use_workspace(rows, width)
         assert (executor._workspace.arrays is not None) == dense
@@ -408,6 +401,9 @@ def test_no_program_copies_the_pages_and_none_computes_angles_in_a_layer(small):
         donated = re.search(r"input_output_alias=\{(.*?)\}, entry", text)[1]
         state = i > 0  # prefill has none
         assert donated.count("alias)") >= 2 * SMALL.num_layers + state  # keys and values of each layer
+    logits_nv = np.zeros((len(samples), SMALL.vocab_size), np.float32)
+    text = executor._programs.begin.lower(executor._state, logits_nv, samples).compile().as_text()
+    assert "input_output_alias={ {}: (0" in text  # the state
 
 
 ON_FOUR = """
