@@ -12,28 +12,32 @@ import pytest
 from agent_lightning import Client, Pool
 from tests.server.conftest import tool_model  # noqa: F401 - a fixture
 
+# A server that is up in seconds: few shapes to compile, and the sampler's are those of configs/two_models.py.
+SMALL = {
+    "algorithm.group_size": 2,
+    "runtime.max_seq_len": 64,
+    "runtime.gradient_accumulation": 1,
+    "runtime.remat": "none",
+    "sampler.max_slots": 16,
+    "sampler.kv_cache_tokens": 2048,
+    "sampler.page_size": 8,
+    "sampler.decode_steps": 4,
+    "sampler.prefill_chunk": 32,
+    "logging.tensorboard": False,
+}
 OUR_METADATA = ("mode", "rollout_id", "attempt", "step", "policy_version")  # what nobody can displace
 
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory):
-    """The configuration of a small server, with the programs of configs/two_models.py for the sampler."""
+    """The configuration of a small server."""
     from lightning_jax import config
 
     settings = config.default_config()
+    settings.update_from_flattened_dict(SMALL)
     settings.workdir = str(tmp_path_factory.mktemp("workdir"))
-    settings.algorithm.group_size = 2
     settings.algorithm.learning_rate = 1e-4  # a step is felt in the log-probs
-    settings.runtime.max_seq_len = 64
-    settings.runtime.gradient_accumulation = 1
-    settings.runtime.remat = "none"
-    settings.sampler.max_slots = 16
-    settings.sampler.kv_cache_tokens = 2048
-    settings.sampler.page_size = 8
-    settings.sampler.decode_steps = 4
-    settings.sampler.prefill_chunk = 32
     settings.sampler.max_tokens = 8
-    settings.logging.tensorboard = False
     return settings
 
 

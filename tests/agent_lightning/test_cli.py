@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent_lightning import cli
+from tests.agent_lightning.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["server start", "data upload", "train", "evaluate", "model download", "doctor", "completion"]
@@ -37,20 +38,6 @@ def my_agent(resource, task):
     assert resource.metadata["colour"] == "red"
     return float(len(set(reply.choices[0].message.content)))
 """
-
-# A server that is up in seconds: few shapes to compile, those of conftest.py.
-SMALL = {
-    "algorithm.group_size": 2,
-    "runtime.max_seq_len": 64,
-    "runtime.gradient_accumulation": 1,
-    "runtime.remat": "none",
-    "sampler.max_slots": 16,
-    "sampler.kv_cache_tokens": 2048,
-    "sampler.page_size": 8,
-    "sampler.decode_steps": 4,
-    "sampler.prefill_chunk": 32,
-    "logging.tensorboard": False,
-}
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:

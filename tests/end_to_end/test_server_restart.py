@@ -13,22 +13,13 @@ import time
 import pytest
 
 from agent_lightning import Client
+from tests.agent_lightning.conftest import SMALL
 from tests.end_to_end import runs
 
-SETTINGS = {  # those of tests/agent_lightning/conftest.py, whose programs are compiled already
-    "algorithm.group_size": 2,
+SETTINGS = SMALL | {
     "algorithm.learning_rate": 1e-4,
-    "runtime.max_seq_len": 64,
-    "runtime.gradient_accumulation": 1,
-    "runtime.remat": "none",
     "runtime.checkpoint_interval": 2,
-    "sampler.max_slots": 16,
-    "sampler.kv_cache_tokens": 2048,
-    "sampler.page_size": 8,
-    "sampler.decode_steps": 4,
-    "sampler.prefill_chunk": 32,
     "sampler.max_tokens": 8,
-    "logging.tensorboard": False,
 }
 
 
