@@ -3,6 +3,7 @@
     python scripts/bench_peers.py --peer=transformers --peer-python=PEER/bin/python --model=models/smollm2.gguf
     python scripts/bench_peers.py --peer=trl --peer-python=PEER/bin/python --model=models/smollm2.gguf
     python scripts/bench_peers.py --peer=trl ... --until-eos --steps=20 --prompts=2 --new=24   # do both learn the same?
+    python scripts/bench_peers.py --peer=trl ... --peer-checkpointing                           # as TRL has by default
     python scripts/bench_peers.py --peer=tunix --peer-python=PEER/bin/python --model=models/smollm2.gguf
 
 `transformers` is decoding alone: `--batch` requests of random prompts at once, each with `--new` tokens. On our side a
@@ -181,6 +182,7 @@ def compare_steps(args: argparse.Namespace, folder: pathlib.Path, vocab_size: in
         "group": args.group,
         "new_tokens": args.new,
         "ignore_eos": not args.until_eos,
+        "checkpointing": args.peer_checkpointing,
         "steps": steps,
         "learning_rate": args.learning_rate,
         "kl_coef": args.kl_coef,
@@ -193,6 +195,7 @@ def compare_steps(args: argparse.Namespace, folder: pathlib.Path, vocab_size: in
     return {
         "what": "grpo step",
         **{name: spec[name] for name in ("prompts", "group", "new_tokens", "ignore_eos", "learning_rate", "kl_coef")},
+        "peer_checkpointing": args.peer_checkpointing,
         "speed_ratio": peer["median_step_s"] / ours["median_step_s"],
         "memory_ratio": ours["peak_memory_bytes"] / peer["peak_memory_bytes"],
         "reward": compare_rewards(ours["reward"], peer["reward"]),
@@ -412,6 +415,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--peer-env", action="append", default=[], help="NAME=VALUE for the peer alone, as LD_PRELOAD=libjemalloc.so.2"
     )
+    parser.add_argument("--peer-checkpointing", action="store_true", help="trl: recompute activations, its default")
     parser.add_argument("--model", required=True, help="a model path")
     parser.add_argument("--repeats", type=int, default=3, help="measurements after the warm-up")
     parser.add_argument("--new", type=int, default=64, help="new tokens of each request")

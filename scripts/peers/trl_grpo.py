@@ -4,7 +4,8 @@
 
 What TRL has as default and our side does not is set to ours where it would change what is learned: dropout (the model
 has none), bfloat16, a learning rate that falls, and importance weights on the divergence's gradient. Gradient
-checkpointing is off: TRL's default of recomputing costs it time. Our side recomputes all but matrix products.
+checkpointing, TRL's default, costs it time and is off unless the spec says otherwise. Our side recomputes all but
+matrix products.
 """
 
 import json
@@ -47,7 +48,7 @@ def main() -> None:
         loss_type="dapo",  # the mean over all sampled tokens of an update
         scale_rewards="group",
         shuffle_dataset=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=spec["checkpointing"],
         bf16=False,
         use_cpu=True,
         seed=spec["seed"],
