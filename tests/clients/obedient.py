@@ -82,7 +82,7 @@ def _params(config: LlamaConfig, tokenizer: tokenizers.Tokenizer) -> llama.Param
     def noise(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32) / np.sqrt(shape[0])
 
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), llama.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda spec: np.zeros(spec.shape, np.float32), llama.abstract_params(config))
     layer = params["layers"]
     layer["attn_norm_d"] += 1
     layer["mlp_norm_d"] += 1
