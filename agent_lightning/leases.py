@@ -6,6 +6,7 @@ are free although no result is under way.
 """
 
 import collections
+import json
 import threading
 import time
 import uuid
@@ -66,7 +67,7 @@ class Leases:
         with self._changed:
             self._workers += workers
             if result is not None:
-                self._results.append(result)
+                self._results.append(_encodable(result))
             self._changed.notify_all()
 
     def take(self) -> tuple[list[dict], set[str]]:
@@ -129,16 +130,19 @@ class Leases:
         """
         sent = {result["lease_id"] for result in results}
         failing_since = None
-        while True:
+
+        def body() -> dict:  # made anew for each try, since the server takes leases that it does not name for lost
             with self._changed:
                 running = list(self._held - sent)
-            body = {
+            return {
                 "pool_id": self._pool_id,
                 "results": results,
                 "running": running,
                 "want": want,
                 "wait_s": wait_s,
             }
+
+        while True:
             try:
                 reply = self._transport.request("POST", self._path, json=body)
                 break
@@ -162,3 +166,8 @@ class Leases:
                 self.job_status = reply["job_status"]
             self._changed.notify_all()
         self._wake()
+
+
+def _encodable(result: dict) -> dict:
+    """The same with "?" for each half of a surrogate pair: an agent's words may have some, a request can not."""
+    return json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace"))

@@ -66,6 +66,7 @@ class Transport:
         """Sends one request and returns the decoded JSON reply.
 
         Args:
+            json: the body, or what makes it, called again for every retry.
             content: makes the body's chunks; called again for every retry.
             max_retries: instead of the transport's own.
 
@@ -79,7 +80,8 @@ class Transport:
             failure, wait_s = None, backoff_s(attempt)
             try:
                 body = content() if content else None
-                response = self._http.request(method, path, json=json, params=params, content=body)
+                value = json() if callable(json) else json
+                response = self._http.request(method, path, json=value, params=params, content=body)
             except self._errors as error:
                 failure = self._unreachable(error)
             else:

@@ -1,12 +1,15 @@
 """A pool's line to a server that is in trouble: how often it asks, and when it gives up."""
 
 import http.server
+import json
 import threading
 import time
 
 import pytest
 
 from agent_lightning import KeyRefusedError, Pool, ServerConnectionError
+from agent_lightning.leases import Leases
+from agent_lightning.transport import Transport
 from tests.agent_lightning.conftest import wait_until
 
 
@@ -76,3 +79,45 @@ def test_stop_ends_the_waiting_between_exchanges(always, monkeypatch):
     thread.join(20)
     assert not thread.is_alive()
     wait_until(lambda: not any(t.name.startswith("leases") for t in set(threading.enumerate()) - before))
+
+
+def test_a_request_sent_again_names_the_leases_that_arrived_meanwhile():
+    """Those that it did not name the server would take for lost. The asker's request fails; the reporter gets a lease."""
+    waits, granted, again = threading.Event(), threading.Event(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if body["wait_s"] and not waits.is_set():
+                waits.set()
+                granted.wait(10)
+                self.send_error(503)
+                return
+            if body["wait_s"]:
+                again.append(body["running"])
+            leases = [{"lease_id": "new"}] if body["results"] else []
+            reply = json.dumps({"leases": leases, "cancelled": [], "job_status": "running"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        transport = Transport(f"http://127.0.0.1:{server.server_address[1]}", max_retries=3)
+        leases = Leases(transport, "job", give_up_s=60.0, wake=lambda: None)
+        leases.add(workers=1)
+        leases.start()
+        assert waits.wait(10)
+        leases.add(workers=1, result={"lease_id": "old", "reward": 1.0})
+        wait_until(lambda: leases.take()[0])
+        granted.set()
+        wait_until(lambda: again)
+        leases.stop()
+        server.shutdown()
+        transport.close()
+    assert again[0] == ["new"]

@@ -78,6 +78,17 @@ def test_an_exception_fails_the_rollout_at_once_with_its_traceback(served):
     assert "agent_lightning/worker.py" not in record.traceback
 
 
+def test_an_error_with_half_a_surrogate_pair_is_one_rollouts(served):
+    def agent(resource, task):
+        if task.x:
+            raise OSError("no file " + b"caf\xe9".decode("utf-8", "surrogateescape"))
+        return 1
+
+    records = served.run(agent, [{"x": 0}, {"x": 1}, {"x": 0}])
+    assert [record.reward for record in records] == [1.0, None, 1.0]
+    assert records[1].error == "OSError: no file caf?"
+
+
 def test_leaving_the_process_politely_is_an_exception_too(served):
     record, after = served.run(
         lambda resource, task: sys.exit("bye") if task.x else 1, [{"x": 1}, {"x": 0}], nworkers=1
