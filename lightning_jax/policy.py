@@ -103,6 +103,7 @@ class Policy:
 
         Raises:
             QueueFull: too many requests wait.
+            RuntimeError: the device thread has ended.
             ValueError: the prompt does not leave room for a token.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -117,8 +118,6 @@ class Policy:
             on_top_logprobs=on_top_logprobs,
             fairness_key=fairness_key,
         )
-        if self._device.error is not None:
-            raise RuntimeError(f"the device thread has ended: {self._device.error}")
         self._engine.submit(request)
         self._device.wake()
         return future

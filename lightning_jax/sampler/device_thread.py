@@ -90,8 +90,8 @@ class DeviceThread:
         except BaseException as error:  # an engine round failed: nothing that follows can be trusted
             _log.exception("the device thread ended")
             self.error = error
-            for engine in self._engines:
-                engine.fail_all(str(error))
+        for engine in self._engines:
+            engine.fail_all(str(self.error or "closed"))
         with self._lock:
             self._ended = True
         for future, *_ in self._commands:

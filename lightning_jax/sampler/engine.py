@@ -124,6 +124,7 @@ class Engine:
         self._cancelled: collections.deque[str] = collections.deque()
         self._in_flight: dict[str, scheduler.Sequence] = {}  # every request between submit and on_done
         self._rounds: collections.deque[_Round] = collections.deque()  # dispatched, not read
+        self._failed: str | None = None  # why nothing is sampled any more
         self._most_steps = 1  # of the next round
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -134,12 +135,15 @@ class Engine:
 
         Raises:
             QueueFull: `max_queue` requests are waiting.
+            RuntimeError: `fail_all` was called.
             ValueError: the prompt is empty or leaves no room in the context, a token id is none of the model's, there
                 are too many stop ids, a bias names none of the model's tokens, the grammar cannot begin, or the
                 request id is in use.
         """
         sequence = self._sequence(request)
         with self._lock:
+            if self._failed is not None:
+                raise RuntimeError(f"the device thread has ended: {self._failed}")
             self.check_room()
             if request.request_id in self._in_flight:
                 raise ValueError(f"a request with the id {request.request_id!r} is in flight")
@@ -229,7 +233,9 @@ class Engine:
         self._executor.warmup(progress)
 
     def fail_all(self, error: str) -> None:
-        """Ends every request with an error; for when the device thread cannot go on."""
+        """Ends every request with an error, also those to come; for when the device thread does not go on."""
+        with self._lock:
+            self._failed = error
         self._take_in()
         for sequence in list(self._in_flight.values()):
             self._deliver(sequence, "error", error)
@@ -397,6 +403,8 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(f"a token id of the prompt is outside the vocabulary of {self.config.vocab_size}")
         stop_ids = sampling.stop_ids if sampling.ignore_eos else (*self._eos_ids, *sampling.stop_ids)
+        if not all(0 <= index < self.config.vocab_size for index in sampling.stop_ids):
+            raise ValueError(f"a stop id is outside the vocabulary of {self.config.vocab_size}")
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} stop ids, the model's included; at most {MAX_STOP_IDS} may be given")
         shape = None

@@ -115,7 +115,11 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         raise ApiError("threads are not supported by this server: send all messages", param="thread", details=details)
     choice = body.tool_choice or {"type": "auto"}
     kind = choice.get("type")
-    if kind not in _TOOL_CHOICES or (kind == "tool" and not isinstance(choice.get("name"), str)):
+    if (
+        not isinstance(kind, str)
+        or kind not in _TOOL_CHOICES
+        or (kind == "tool" and not isinstance(choice.get("name"), str))
+    ):
         raise ApiError(f"tool_choice: {choice!r} is not known", param="tool_choice")
     if _TOOL_CHOICES[kind] == "required" and not body.tools:
         raise ApiError(f"tool_choice of type {kind!r} needs tools", param="tool_choice")
@@ -193,6 +197,8 @@ def _chat_messages(message: dict, where: str) -> list[dict]:
 def _text(content: str | list, where: str) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise ApiError(f"{where}: must be a text or a list", param=where)
     for i, block in enumerate(content):
         if not isinstance(block, dict) or block.get("type") != "text":
             kind = block.get("type") if isinstance(block, dict) else block

@@ -106,10 +106,13 @@ def _crash(request: Request, error: Exception) -> Response:
     message = f"{type(error).__name__}: {error}"
     shape = dialects.error_shape(request.url.path)
     if shape is not None:
-        return shape(ApiError(message, status=500, kind="server"))
-    text = "".join(traceback.format_exception(error))
-    content = {"type": "AgentLightningError", "message": message, "hint": None, "traceback": text}
-    return wire.json_response({"error": content}, 500)
+        response = shape(ApiError(message, status=500, kind="server"))
+    else:
+        text = "".join(traceback.format_exception(error))
+        content = {"type": "AgentLightningError", "message": message, "hint": None, "traceback": text}
+        response = wire.json_response({"error": content}, 500)
+    response.headers["connection"] = "close"  # as Starlette lets uvicorn do; a client that was not told is cut off
+    return response
 
 
 # ---- running it ----

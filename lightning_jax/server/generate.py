@@ -72,12 +72,7 @@ class Generator:
         grammar = await self._grammar(request)
         earlier = self._earlier(attempt)
         messages, prompt = self._prompt(request, earlier)
-        room = self.policy.max_seq_len - len(prompt.ids)
-        if room < 1:
-            # In the words of the commercial endpoints, by which agent frameworks tell this error from others.
-            limit = f"this model's maximum context length is {self.policy.max_seq_len}"
-            text = f"prompt is too long: {len(prompt.ids)} tokens, and {limit}"
-            raise ApiError(text, kind="context_length", param="messages" if request.prompt is None else "prompt")
+        room = self._room(request, prompt.ids, at_least=1)
         # One prompt in two roles is two prompts, or which call came first would decide about their noise.
         key = b"" if self._role == "1" else self._role.encode()
         digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16, key=key).digest()
@@ -103,18 +98,29 @@ class Generator:
         )
 
     def prompt_ids(self, request: GenerateRequest, attempt: Attempt | None) -> list[int]:
-        """The tokens of the request's prompt. Raises ApiError."""
-        return self._prompt(request, self._earlier(attempt))[1].ids
+        """The tokens of the request's prompt, which fits into the context by itself. Raises ApiError."""
+        ids = self._prompt(request, self._earlier(attempt))[1].ids
+        self._room(request, ids, at_least=0)
+        return ids
 
     def count_tokens(self, request: GenerateRequest, attempt: Attempt | None) -> int:
-        """How many tokens the request's prompt has. Raises ApiError."""
-        return len(self.prompt_ids(request, attempt))
+        """How many tokens the request's prompt has, be it too long. Raises ApiError."""
+        return len(self._prompt(request, self._earlier(attempt))[1].ids)
 
     # ---- the prompt and the sampling parameters ----
 
     def _earlier(self, attempt: Attempt | None) -> list[CallRecord]:
         """The attempt's calls that a prompt may extend: other models' ids are another tokenizer's."""
         return [call for call in attempt.calls if call.model == self.policy.name] if attempt else []
+
+    def _room(self, request: GenerateRequest, ids: list[int], *, at_least: int) -> int:
+        """How many tokens fit behind a prompt's. Raises ApiError where they are too few."""
+        most = self.policy.max_seq_len
+        if most - len(ids) < at_least:
+            # In the words of the commercial endpoints, by which agent frameworks tell this error from others.
+            text = f"prompt is too long: {len(ids)} tokens, and this model's maximum context length is {most}"
+            raise ApiError(text, kind="context_length", param="messages" if request.prompt is None else "prompt")
+        return most - len(ids)
 
     def _prompt(self, request: GenerateRequest, earlier: list[CallRecord]) -> tuple[list[dict], chat.Prompt]:
         tokenizer, vocab = self.policy.tokenizer, self.policy.config.vocab_size
@@ -147,7 +153,7 @@ class Generator:
             return None
         try:
             return await run_in_threadpool(compile)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:  # the last two of what is no schema at all
             raise ApiError(str(error)) from None
 
     def _form(self, kind: str, value: Any) -> Grammar:

@@ -84,7 +84,7 @@ class Generation:
 
     Attributes:
         prompt_ids: what the model is given.
-        cached_tokens: how many of them had been computed before; 0 until the first sample is over.
+        cached_tokens: how many of them had been computed before, for the first sample; 0 until that is over.
 
     Raises:
         ApiError: the queue is full, or the attempt has ended.
@@ -259,7 +259,8 @@ class Generation:
         choice = _choice(sample.text, completion)
         self._record_completion(i, choice, completion)
         sample.done = True
-        self.cached_tokens = self.cached_tokens or completion.cached_tokens
+        if i == 0:
+            self.cached_tokens = completion.cached_tokens
         return self._delta(i, content, calls, len(sample.ids), choice)
 
     def _delta(

@@ -109,11 +109,16 @@ def form_of(body: SamplingBody) -> tuple[str, Any] | None:
     if len(asked) > 1 or name not in _VLLM_FORMS:
         text = f"one of {', '.join(_VLLM_FORMS)} can be asked for, not {', '.join(asked)}"
         raise ApiError(text, param="structured_outputs")
+    kind = {"regex": str, "choice": list, "grammar": str}.get(name, object)
+    if not isinstance(value, kind):
+        raise ApiError(f"structured_outputs.{name}: must be a {kind.__name__}", param="structured_outputs")
     return _VLLM_FORMS[name], value
 
 
 def response_format(asked: dict | None, param: str = "response_format") -> tuple[str, Any] | None:
     """A `response_format`, or the responses dialect's `text.format`, as `GenerateRequest.form`."""
+    if asked is not None and not isinstance(asked, dict):
+        raise ApiError(f"{param}: must be an object", param=param)
     kind = (asked or {"type": "text"}).get("type")
     if kind == "text":
         return None

@@ -371,7 +371,7 @@ def _with_parsed_arguments(message: dict) -> dict:
     for call in message["tool_calls"]:
         try:
             arguments = json.loads(call["function"]["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = call["function"]["arguments"]
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}

@@ -64,8 +64,16 @@ def test_an_engine_that_fails_fails_its_requests_and_all_later_commands(device):
     assert "device lost" in str(device.error)
 
 
+def test_closing_ends_what_is_in_flight():
+    device, engine = DeviceThread(), FailingEngine()
+    engine.step = lambda: False
+    device.add_engine(engine)
+    device.close()
+    assert engine.failed_with == "closed" and device.error is None
+
+
 def test_a_long_command_lets_the_engines_work_in_between(device):
-    class CountingEngine:
+    class CountingEngine(FailingEngine):
         rounds = 0
 
         def step(self) -> bool:

@@ -275,6 +275,9 @@ def test_what_does_not_fit_is_refused(small, prompts):
         runner.submit("foreign", [151], GREEDY)
     with pytest.raises(ValueError, match="stop ids"):
         runner.submit("stops", [1], SamplingParams(stop_ids=tuple(range(16))))
+    for index in (-1, -100_000, 151, 2**31):  # with a least length they say which tokens may come
+        with pytest.raises(ValueError, match="stop id is outside the vocabulary of 151"):
+            runner.submit("foreign stop", [1], SamplingParams(stop_ids=(index,), min_tokens=2))
     runner.submit("a", prompts[0], GREEDY)
     with pytest.raises(ValueError, match="in flight"):
         runner.submit("a", prompts[0], GREEDY)
@@ -469,6 +472,8 @@ def test_fail_all_ends_everyone(small, prompts):
     runner.submit("c", prompts[0], GREEDY)
     engine.fail_all("out of memory")
     assert {done.error for done in runner.done.values()} == {"out of memory"} and len(runner.done) == 3
+    with pytest.raises(RuntimeError, match="out of memory"):  # it would wait for ever
+        runner.submit("d", prompts[0], GREEDY)
 
 
 def test_submitting_from_many_threads(small, prompts):

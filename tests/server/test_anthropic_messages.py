@@ -110,6 +110,11 @@ def test_tool_use(serving_tools):
         ({"max_tokens": 0}, "max_tokens"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": ["any"]}}, "tool_choice"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": 5}]}]},
+            "content: must be a text",
+        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
         ({"extra_body": {"temperature": -1}}, "temperature"),
         ({"extra_body": {"stop_sequences": [""]}}, "stop_sequences"),

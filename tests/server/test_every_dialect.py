@@ -102,3 +102,17 @@ def test_cached_tokens_are_counted_in_the_dialects_way(serving, dialect):
     else:
         usages = [event["usage"] for event in events if event["type"] == "message_delta"]
     assert [counts(usage) for usage in usages] == [again]
+
+
+@pytest.mark.parametrize("dialect", [chat, responses, messages])
+def test_what_the_server_cannot_handle_leaves_the_client_its_next_request(serving, monkeypatch, dialect):
+    def fail(count):
+        raise ZeroDivisionError("by accident")
+
+    path, body = dialect("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.policy, "check_room", fail)
+        failed = serving.http.post(path, json=body)
+    assert failed.status_code == 500 and "by accident" in failed.text
+    assert failed.headers["connection"] == "close"  # of a connection that is closed unsaid the next request is lost
+    assert serving.http.post(path, json=body).status_code == 200

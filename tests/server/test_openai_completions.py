@@ -115,6 +115,12 @@ def test_a_stream_is_the_reply_in_pieces(client):
         ({"prompt": [1, 10**20]}, "vocabulary"),
         ({"prompt": "x" * 300}, "context length is 256"),
         ({"max_tokens": 0}, "echo"),
+        ({"max_tokens": 0, "echo": True, "logprobs": 1, "prompt": [1] * 257}, "context length is 256"),
+        ({"extra_body": {"stop_token_ids": [2**31], "min_tokens": 2}}, "stop id"),
+        ({"extra_body": {"structured_outputs": {"regex": 5}}}, "regex"),
+        ({"extra_body": {"structured_outputs": {"choice": "abc"}}}, "choice"),
+        ({"extra_body": {"structured_outputs": {"choice": [5]}}}, "choice|str"),
+        ({"extra_body": {"guided_json": "[" * 100_000}}, "recursion"),
         ({"prompt": ["a"] * 1000, "n": 2}, "1024"),
     ],
 )

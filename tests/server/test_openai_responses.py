@@ -146,6 +146,7 @@ def test_a_call_stream_has_the_documented_order(caller):
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+        ({"text": {"format": 5}}, "text.format"),
         ({"input": "x" * 300}, "context length is 256"),
     ],
 )

@@ -70,6 +70,15 @@ def test_a_chat_stream_is_the_reply_in_pieces(serving):
     assert order != sorted(order) and len(order) > 6, "the samples come side by side, each in several pieces"
 
 
+def test_cached_tokens_are_the_first_samples(serving):
+    """Of a new prompt's samples the first computes it; the others find it in the cache, and may end before."""
+    content = [{"role": "user", "content": "a prompt that nothing else here has, of several pages: 0123456789"}]
+    options = {"messages": content, "n": 3, "max_tokens": 2, "stream_options": {"include_usage": True}}
+    with openai_client(serving.url) as client:
+        first, again = (chunks_of(client, **options)[-1].usage.prompt_tokens_details for _ in range(2))
+    assert first.cached_tokens < 40 < again.cached_tokens
+
+
 def test_a_stop_string_never_leaks(serving):
     with openai_client(serving.url) as client:
         text = assembled(chunks_of(client, seed=2, max_tokens=60))["content"]
