@@ -115,11 +115,7 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         raise ApiError("threads are not supported by this server: send all messages", param="thread", details=details)
     choice = body.tool_choice or {"type": "auto"}
     kind = choice.get("type")
-    if (
-        not isinstance(kind, str)
-        or kind not in _TOOL_CHOICES
-        or (kind == "tool" and not isinstance(choice.get("name"), str))
-    ):
+    if kind not in tuple(_TOOL_CHOICES) or (kind == "tool" and not isinstance(choice.get("name"), str)):
         raise ApiError(f"tool_choice: {choice!r} is not known", param="tool_choice")
     if _TOOL_CHOICES[kind] == "required" and not body.tools:
         raise ApiError(f"tool_choice of type {kind!r} needs tools", param="tool_choice")

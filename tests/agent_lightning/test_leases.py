@@ -82,7 +82,7 @@ def test_stop_ends_the_waiting_between_exchanges(always, monkeypatch):
 
 
 def test_a_request_sent_again_names_the_leases_that_arrived_meanwhile():
-    """Those that it did not name the server would take for lost. The asker's request fails; the reporter gets a lease."""
+    """Others the server would take for lost. The asker's request fails; meanwhile the reporter gets a lease."""
     waits, granted, again = threading.Event(), threading.Event(), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
