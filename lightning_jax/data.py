@@ -1,6 +1,7 @@
 """From a stored dataset to each step's tasks: shuffled once an epoch, in the same order for the same seed."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import grain
 
@@ -58,3 +59,52 @@ def task_batches(
         .repeat(epochs)
     )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+class TaskQueue:
+    """A job's tasks in the order of `task_batches`, for steps and for what takes the place of groups left out.
+
+    What a replacement leaves of a batch comes first in what is drawn next. Nothing drawn at once holds a task twice.
+    """
+
+    def __init__(self, store: Store, data_id: str, batch_size: int, epochs: int, seed: int):
+        """Arguments as for `task_batches`."""
+        self._batches = task_batches(store, data_id, batch_size, epochs, seed)
+        self._source = TaskSource(store, data_id, "train")
+        self._spare: list[TaskItem] = []
+
+    def batch(self) -> list[TaskItem]:
+        """A step's. Raises StopIteration behind the last epoch."""
+        drawn = next(self._batches)
+        self._spare += drawn
+        return self._take(len(drawn), ())
+
+    def replacements(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:
+        """Up to `count` tasks for a step that has those of `beside`: theirs would be the same rollouts to the token."""
+        if len(self._spare) < count:
+            self._spare += next(self._batches, [])
+        return self._take(count, beside)
+
+    def _take(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:
+        taken, left, known = [], [], {item.task_index for item in beside}
+        for item in self._spare:
+            if len(taken) < count and item.task_index not in known:
+                taken.append(item)
+                known.add(item.task_index)
+            else:
+                left.append(item)
+        self._spare = left
+        return taken
+
+    def items(self, indices: Sequence[int]) -> list[TaskItem]:
+        """Tasks by their positions in the file."""
+        return [self._source[i] for i in indices]
+
+    def get_state(self) -> dict:
+        """The position, JSON-ready: of the batches, and the tasks that are left of them."""
+        return {"batches": self._batches.get_state(), "spare": [item.task_index for item in self._spare]}
+
+    def set_state(self, state: dict) -> None:
+        """Continues behind a position; before there were replacements it was that of the batches alone."""
+        self._batches.set_state(state.get("batches", state))
+        self._spare = self.items(state.get("spare", ()))

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from typing import Any
 
 
 class StopFlag:
@@ -55,6 +56,24 @@ class History:
     logprob_diff: float = 0.0
     failed: int = 0
     first_failure: str | None = None
+
+    def result(self, step: int) -> dict[str, Any]:
+        """What a job's result says of it when the policy is at `step`."""
+        tests = self.test_rewards
+        return {
+            "eval_reward_before": tests[0][1] if tests else None,
+            "eval_reward_after": tests[-1][1] if tests else None,
+            "final_reward": tests[-1][1] if tests else (self.train_rewards or [None])[-1],
+            "train_rewards": self.train_rewards,
+            "test_rewards": [reward for _, reward in tests],
+            "test_steps": [int(step) for step, _ in tests],
+            "total_steps": step - self.start_step,
+            "total_time": self.time_s,
+            "sampler_learner_logprob_diff": self.logprob_diff,
+            "tokens_per_s": self.tokens / self.sample_s if self.sample_s else 0.0,
+            "failed": self.failed,
+            "first_failure": self.first_failure,
+        }
 
 
 class Clock:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from agent_lightning.exceptions import TrainingError
 from lightning_jax.store import CallRecord, RolloutRecord
 
 
@@ -19,6 +20,17 @@ def mean(value_n: np.ndarray) -> float:
     """Mean over the finite values, in float64; NaN without any."""
     finite_n = value_n[np.isfinite(value_n)].astype(np.float64)
     return float(finite_n.mean()) if len(finite_n) else math.nan
+
+
+def check_failures(step: int, records: Sequence[RolloutRecord]) -> None:
+    """Raises TrainingError where more than half of a step's rollouts failed."""
+    failed = [record for record in records if record.status == "failed"]
+    if 2 * len(failed) > len(records):
+        first = failed[0]
+        raise TrainingError(
+            f"{len(failed)} of {len(records)} rollouts of step {step} failed; the first ({first.task_id}): "
+            f"{first.cause}: {first.error}\n{first.traceback or ''}"
+        )
 
 
 def rollout_metrics(records: list[RolloutRecord], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, float]:

@@ -24,7 +24,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -102,7 +102,7 @@ class _Run:
             epochs = -(-total_steps // batches_per_epoch)
         total_steps = total_steps or epochs * batches_per_epoch
         most_epochs = epochs * config.algorithm.max_gen_batches
-        tasks = data.task_batches(self.store, self.data_id, tasks_per_step, most_epochs, config.seed)
+        tasks = data.TaskQueue(self.store, self.data_id, tasks_per_step, most_epochs, config.seed)
 
         with metrics.MetricsWriter(
             self.workdir,
@@ -121,6 +121,8 @@ class _Run:
                 row = self._evaluate(policies.step)
                 if row and first == 0:
                     writer.write(0, row)
+            elif policies.step > first and self._is_due(policies.step - first, self._eval_interval(), total_steps):
+                self._make_up_evaluation(writer)
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
                 row = self._step(step, last, tasks)
@@ -130,10 +132,12 @@ class _Run:
                 if self.stop.after_step:  # what was learned is safe before the last evaluation, which may take long
                     self._checkpoint(step, tasks)
                     self._close_ahead()
-                if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
-                    row |= self._evaluate(step)
-                self.history.time_s = row["time/total_s"] = clock.seconds()
-                writer.write(step, row)
+                try:
+                    if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
+                        row |= self._evaluate(step)
+                finally:  # a step that is in a checkpoint is in the metrics, also where its evaluation was broken off
+                    self.history.time_s = row["time/total_s"] = clock.seconds()
+                    writer.write(step, row)
                 due = self._is_due(step - first, config.runtime.checkpoint_interval, total_steps)
                 if due and step != self.saved_step:
                     self._checkpoint(step, tasks)
@@ -150,26 +154,42 @@ class _Run:
         if step > first and step not in (tested for tested, _ in self.history.test_rewards):
             self._evaluate(step)
 
+    def _make_up_evaluation(self, writer: metrics.MetricsWriter) -> None:
+        """What was due behind the step that the job goes on from, and is not in its checkpoint.
+
+        The job was stopped there, and the evaluation came after the checkpoint, if it came.
+        """
+        step = self.policies.step
+        if step in (tested for tested, _ in self.history.test_rewards):
+            return
+        row = next((row for row in metrics.read_metrics(self.workdir) if row["step"] == step), {})
+        if row.get("eval/reward") is not None:
+            self.history.test_rewards.append([step, row["eval/reward"]])
+            self._mark_best()
+        elif made_up := self._evaluate(step):
+            row = {name: value for name, value in row.items() if name != "step" and value is not None}
+            writer.truncate_after(step - 1)
+            writer.write(step, row | made_up)
+
     def _resume(self, tasks, writer) -> None:
         """Goes on behind the checkpoint that the policy was restored from, if this job made it; else from the start."""
         saved = self.policies.restored
         if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policies.step:
             self.history = History(**saved["history"])
             tasks.set_state(saved["tasks"])
-            source = data.TaskSource(self.store, self.data_id, "train")
-            self._ahead.extend(_Batch([source[i] for i in indices]) for indices in saved.get("ahead", []))
-            kept = self.policies.step
+            self._ahead.extend(_Batch(tasks.items(indices)) for indices in saved.get("ahead", []))
+            self.store.discard_after(self.job_id, self.policies.step)
+            writer.truncate_after(self.policies.step)
         else:
-            kept = self.policies.step if self.policies.step else -1
-        self.store.discard_after(self.job_id, kept)
-        writer.truncate_after(kept)
+            self.store.discard_after(self.job_id, -1)  # also the evaluation that the job began with
+            writer.truncate_after(self.policies.step or -1)
 
-    def _open_ahead(self, last: int, tasks: Iterator) -> None:
+    def _open_ahead(self, last: int, tasks: data.TaskQueue) -> None:
         """Opens the rollouts of the next step and of those that may be sampled with the weights as they are."""
         done = self.policies.step
         for i in range(min(1 + self.config.runtime.max_staleness, last - done)):
             if i == len(self._ahead):
-                self._ahead.append(_Batch(next(tasks)))
+                self._ahead.append(_Batch(tasks.batch()))
             if self._ahead[i].rollout_ids is None:
                 self._ahead[i].rollout_ids = self._open(done + 1 + i, self._ahead[i].tasks, "train")
 
@@ -178,7 +198,7 @@ class _Run:
         if self._ahead:
             self.store.cancel_open(self.job_id)
 
-    def _step(self, step: int, last: int, more_tasks: Iterator) -> dict[str, float]:
+    def _step(self, step: int, last: int, more_tasks: data.TaskQueue) -> dict[str, float]:
         """One update; returns its metrics."""
         start, idle_s = time.monotonic(), self.policies.idle_s
         before = {name: policy.sampler_metrics() for name, policy in self.policies.items()}
@@ -241,7 +261,7 @@ class _Run:
         return metrics if len(self.policies) == 1 else {f"{name}/{key}": value for key, value in metrics.items()}
 
     def _training_rollouts(
-        self, step: int, batch: _Batch, more_tasks: Iterator
+        self, step: int, batch: _Batch, more_tasks: data.TaskQueue
     ) -> tuple[list[RolloutRecord], list[data.TaskItem]]:
         """A step's rollouts and their groups' tasks.
 
@@ -251,10 +271,10 @@ class _Run:
         records = self._ended(step, batch.rollout_ids, "train")
         for _ in range(self.config.algorithm.max_gen_batches - 1):
             missing = wanted - rows.informative_groups(records, self.config)
-            more = next(more_tasks, [])[: max(0, missing)] if missing > 0 else []
+            more = more_tasks.replacements(missing, tasks) if missing > 0 else []
             if not more:
                 break
-            records += self._rollouts(step, more, "train", first_group=len(tasks))
+            records += self._ended(step, self._open(step, more, "train", first_group=len(tasks)), "train", records)
             tasks = tasks + more
         return records, tasks
 
@@ -318,11 +338,12 @@ class _Run:
         if "test" not in splits:
             return []
         source = data.TaskSource(self.store, self.data_id, "test")
-        return self._rollouts(step, [source[i] for i in range(len(source))], "evaluate")
+        return self._ended(step, self._open(step, [source[i] for i in range(len(source))], "evaluate"), "evaluate")
 
     def evaluate_only(self) -> dict[str, Any]:
         """Evaluates a checkpoint or the current weights, which are sampled from again afterwards in any case."""
         start = time.monotonic()
+        self.store.discard_after(self.job_id, -1)  # of the same job, before the server was started again
         path, sampling = None, contextlib.nullcontext()
         if name := self.spec.get("checkpoint"):
             path = self.policies.find_checkpoint(name)
@@ -345,12 +366,6 @@ class _Run:
     # -----------------------------------------------------------------------------------------------------------------
     # Both
     # -----------------------------------------------------------------------------------------------------------------
-
-    def _rollouts(
-        self, step: int, tasks: list[data.TaskItem], mode: str, *, first_group: int = 0
-    ) -> list[RolloutRecord]:
-        """Opens rollouts of these tasks and returns what became of them when workers have ended them all."""
-        return self._ended(step, self._open(step, tasks, mode, first_group=first_group), mode)
 
     def _open(self, step: int, tasks: list[data.TaskItem], mode: str, *, first_group: int = 0) -> list[int]:
         """Opens rollouts of these tasks; returns their ids."""
@@ -378,8 +393,10 @@ class _Run:
         self.store.add_event(self.job_id, f"{mode}_started", step, started)
         return rollout_ids
 
-    def _ended(self, step: int, rollout_ids: list[int], mode: str) -> list[RolloutRecord]:
-        """What became of rollouts when workers have ended them all."""
+    def _ended(
+        self, step: int, rollout_ids: list[int], mode: str, earlier: Sequence[RolloutRecord] = ()
+    ) -> list[RolloutRecord]:
+        """What became of rollouts when workers have ended them all; `earlier` are the step's others."""
         self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
         if self.policies.error is not None:
             raise TrainingError(f"the device failed: {self.policies.error}") from self.policies.error
@@ -397,12 +414,7 @@ class _Run:
             _log.warning(
                 "rollout %s of %s failed (%s): %s", record.rollout_id, record.task_id, record.cause, record.error
             )
-        if 2 * len(failed) > len(records):
-            first = failed[0]
-            raise TrainingError(
-                f"{len(failed)} of {len(records)} rollouts of step {step} failed; the first ({first.task_id}): "
-                f"{first.cause}: {first.error}\n{first.traceback or ''}"
-            )
+        outcomes.check_failures(step, [*earlier, *records])
         if failed:
             self._warn(step, f"{len(failed)} of {len(records)} rollouts failed; {outcomes.first_failure(records)}")
         if len(failed) < len(records) and not any(r.calls for r in records) and not self._warned_of_silence:
@@ -420,28 +432,14 @@ class _Run:
 
     def _result(self) -> dict[str, Any]:
         """The job's result, also written to `result.json`."""
-        history, tests = self.history, self.history.test_rewards
         best = self._best_checkpoint()
-        result = {
-            "eval_reward_before": tests[0][1] if tests else None,
-            "eval_reward_after": tests[-1][1] if tests else None,
-            "final_reward": tests[-1][1] if tests else (history.train_rewards or [None])[-1],
-            "train_rewards": history.train_rewards,
-            "test_rewards": [reward for _, reward in tests],
-            "test_steps": [int(step) for step, _ in tests],
-            "checkpoints": [
-                str(path) for path in self.policies.checkpoints() if checkpoint.step_of(path) > history.start_step
-            ],
+        paths = self.policies.checkpoints()
+        kept = [str(path) for path in paths if checkpoint.step_of(path) > self.history.start_step]
+        result = self.history.result(self.policies.step) | {
+            "checkpoints": kept,
             "best_checkpoint": None if best is None else str(best),
-            "total_steps": self.policies.step - history.start_step,
-            "total_time": history.time_s,
-            "sampler_learner_logprob_diff": history.logprob_diff,
-            "tokens_per_s": history.tokens / history.sample_s if history.sample_s else 0.0,
-            "failed": history.failed,
-            "first_failure": history.first_failure,
         }
         if len(self.policies) > 1:
-            paths = self.policies.checkpoints()
             result["model_checkpoints"] = {name: [str(path / name) for path in paths] for name in self.policies}
         partial = self.workdir / "result.json.partial"
         partial.write_text(json.dumps(result, indent=2) + "\n")

@@ -15,6 +15,7 @@ from lightning_jax.metrics import read_metrics
 from lightning_jax.policies import Policies
 from lightning_jax.server.control import JobRunner
 from lightning_jax.store import CallRecord, Store, StoreError
+from lightning_jax.store.trajectories import Filter
 
 from .conftest import settings
 
@@ -232,6 +233,110 @@ def test_a_stopped_job_has_a_checkpoint_and_an_evaluation_of_its_last_step(confi
     assert result["checkpoints"] == [str(policies.checkpoint_dir.absolute() / f"step-{policies.step}")]
     runner.close()
     policies.close()
+
+
+def test_replacements_are_of_tasks_that_the_step_lacks_and_no_task_is_passed_over(config, store):
+    """Eight tasks; a batch of four lacks one group, whose place another takes. No rollout of that one succeeds."""
+    config.algorithm.filter_groups, config.algorithm.max_gen_batches = True, 4
+    store.put_dataset("eight", "train", [b"".join(b'{"question": "%d"}\n' % i for i in range(8))])
+    flat, begun = {}, []
+
+    def reward(lease):
+        step, task = lease["metadata"]["step"], lease["task_id"]
+        begun.append((step, task))
+        if len(set(begun)) > 4 and step == 1:
+            return {"cause": "exception", "error": {"type": "ValueError", "message": "a bad task", "traceback": ""}}
+        return 1.0 if task == flat.setdefault(step, task) else float(len(begun) % 2)
+
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    job = runner.submit({"kind": "train", "data_id": "eight", "total_steps": 2, "batch_size": 4, "eval_interval": 0})
+    with Pool(store, job, reward):
+        wait_for(lambda: status(store, job) in ("succeeded", "failed"))
+    assert status(store, job) == "succeeded", "8 of 14 rollouts of the step have a reward: " + str(store.job(job))
+    groups = {(record.step, record.group): record.task_id for _, record in store.ended_rollouts(Filter(job_id=job))}
+    for step in (1, 2):
+        tasks = [task for (of, _), task in groups.items() if of == step]
+        assert len(tasks) == len(set(tasks)) > 4, "the same task again would give the same rollouts"
+    assert len(set(groups.values())) == 8
+    runner.close()
+    policies.close()
+
+
+def test_a_stopped_and_continued_job_is_as_an_undisturbed_one(config, store):
+    """Stopped by one Ctrl-C where an evaluation was due, then given the same command again."""
+    config.runtime.checkpoint_interval = 0
+    held_out = {0: 0.1, 2: 0.9, 4: 0.3}
+    spec = {"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": 2}
+
+    def reward(lease):
+        metadata = lease["metadata"]
+        if metadata["step"] == 2 and end == "stopped":
+            runner.stop("train")
+        return held_out[metadata["step"]] if metadata["mode"] == "evaluate" else random.random()
+
+    for end in ("stopped", "succeeded"):
+        policies = Policies(config)
+        runner = JobRunner(policies, store, config, resume=lambda job_id: False)
+        runner.submit(spec, "train")
+        with Pool(store, "train", reward):
+            wait_for(lambda end=end: status(store, "train") == end)
+        runner.close()
+        policies.close()
+    result = store.job("train")["result"]
+    assert result["test_steps"] == [0, 2, 4] and result["test_rewards"] == [0.1, 0.9, 0.3]
+    assert result["best_checkpoint"].endswith("step-2")
+    assert [row["step"] for row in read_metrics(config.workdir)] == [0, 1, 2, 3, 4]
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
+    """Ctrl-C in the last step, and the server ends during the evaluation that follows."""
+    config.runtime.checkpoint_interval, ending = 0, []
+
+    def reward(lease):
+        metadata = lease["metadata"]
+        if metadata["step"] == 2 and metadata["mode"] == "train":
+            runner.stop("train")
+        elif metadata["step"] == 2:
+            ending.append(threading.Thread(target=runner.close))
+            ending[-1].start()
+            wait_for(lambda: runner._stops["train"].now)
+        return random.random() if metadata["mode"] == "train" else 0.5
+
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    runner.submit({"kind": "train", "data_id": "d", "total_steps": 2, "batch_size": 2, "eval_interval": 0}, "train")
+    with Pool(store, "train", reward):
+        wait_for(lambda: ending)
+        ending[0].join()
+    policies.close()
+    assert status(store, "train") == "running" and [row["step"] for row in read_metrics(config.workdir)] == [0, 1, 2]
+
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    with Pool(store, "train", lambda lease: 0.75):
+        wait_for(lambda: status(store, "train") == "succeeded")
+    result = store.job("train")["result"]
+    assert (result["eval_reward_before"], result["eval_reward_after"], result["test_steps"]) == (0.5, 0.75, [0, 2])
+    rows = read_metrics(config.workdir)
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["eval/reward"] == 0.75 and "policy/loss" in rows[2]
+    runner.close()
+    policies.close()
+
+
+def test_what_a_restart_does_again_is_not_there_twice(serving, store, config):
+    """An evaluation of two tasks whose server ended when one of them had."""
+    runner = JobRunner(serving.policies, store, config)
+    runner.submit(EVALUATE, "job")
+    (lease,) = store.exchange("job", "pool", [], [], 1, 20.0)["leases"]
+    store.exchange("job", "pool", [{"lease_id": lease["lease_id"], "reward": 1.0}], [], 0, 0.0)
+    runner.close()
+    runner = JobRunner(serving.policies, store, config)
+    with Pool(store, "job"):
+        wait_for(lambda: status(store, "job") == "succeeded")
+    runner.close()
+    ended = [record.task_id for _, record in store.ended_rollouts(Filter(job_id="job"))]
+    assert sorted(ended) == ["test-0", "test-1"]
 
 
 def test_a_job_keeps_the_tasks_that_it_was_made_for(config, store):

@@ -187,3 +187,16 @@ def test_epochs_and_seeds_differ_in_order(store):
     assert first != second and first != other and first != list(range(40))
     item = next(data.task_batches(store, "d", 40, 1, 0))[0]
     assert item.task == {"question": item.task_index} and item.task_id == f"train-{item.task_index}"
+
+
+def test_what_replacements_leave_comes_first_and_nothing_is_drawn_twice_at_once(store):
+    store.put_dataset("d", "train", [lines(*({"question": i} for i in range(8)))])
+    order = [i for batch in indices(data.task_batches(store, "d", 4, 2, 0)) for i in batch]
+    queue = data.TaskQueue(store, "d", 4, 2, 0)
+    first = queue.batch()
+    more = queue.replacements(1, first)
+    assert indices([first, more]) == [order[:4], order[4:5]]
+    again = data.TaskQueue(store, "d", 4, 2, 0)
+    again.set_state(json.loads(json.dumps(queue.get_state())))
+    ((third,), (restored,)) = indices([queue.batch()]), indices([again.batch()])
+    assert third == restored and third[:3] == order[5:8] and len(set(third)) == 4, "two epochs meet in it"
