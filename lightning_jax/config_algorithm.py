@@ -99,6 +99,14 @@ def contradiction(config: config_dict.ConfigDict) -> tuple[str, str, str] | None
         return wrong("dual_clip", f"bounds the ratio of loss_mode 'clip', and it is {a.loss_mode!r}")
     if a.kl_in_reward and not a.kl_coef:
         return wrong("kl_in_reward", "is without effect where algorithm.kl_coef is 0", "remove it, or set kl_coef")
+    if is_set("kl_estimator") and not a.kl_coef:
+        return wrong("kl_estimator", "is without effect where algorithm.kl_coef is 0", "remove it, or set kl_coef")
+    if a.importance_correction != "none" and (config.sampler.top_p < 1 or config.sampler.top_k):
+        problem = "weighs tokens by their whole distribution, of which sampler.top_p and top_k leave a part"
+        return wrong("importance_correction", problem, "remove it, or sampler.top_p and sampler.top_k")
+    if a.overlong_buffer > config.sampler.max_tokens:
+        problem = f"must be at most sampler.max_tokens ({config.sampler.max_tokens}), not {a.overlong_buffer}"
+        return wrong("overlong_buffer", problem, "set it lower: it is the part of a reply that is punished")
     if is_set("importance_cap") and a.importance_correction == "none":
         return wrong("importance_cap", "bounds the weights of algorithm.importance_correction, which is 'none'")
     if is_set("max_gen_batches") and not a.filter_groups:

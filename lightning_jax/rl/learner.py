@@ -158,12 +158,13 @@ class Learner:
             return []
         steps = self._divide(rows, np.zeros(1 + max(row.rollout_index for row in rows), np.float32))
         places = packing.place(rows, steps[0][0].token_bt.shape[1], share=self._shares_prefixes)
-        per_step = -(-(1 + max(at.block for at in places)) // self.settings.optimizer_steps)
+        blocks = packing.even_parts(1 + max(at.block for at in places), self.settings.optimizer_steps)
 
         with mesh_lib.current(self._mesh):
             scored = [[self._dispatched(score(self._put(batch))) for batch in step] for step in steps]
         # A step's last micro-batch may be filled up behind the step's own blocks.
-        score_bt = np.concatenate([np.concatenate(mesh_lib.to_host(parts))[:per_step] for parts in scored])
+        steps_bt = [np.concatenate(mesh_lib.to_host(of_step)) for of_step in scored]
+        score_bt = np.concatenate([step_bt[:count] for step_bt, count in zip(steps_bt, blocks, strict=True)])
         return [score_bt[at.block, at.position_t] for at in places]
 
     def update(self, rows: Sequence[Row], advantage_n: np.ndarray) -> dict[str, float]:
@@ -223,9 +224,16 @@ class Learner:
         with mesh_lib.current(self._mesh):
             length = self._block_length(rows)
             packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
-        per_step, size = self._step_blocks(len(packed.token_bt), length)
-        steps = packing.micro_batches(packed, per_step)
-        return [packing.micro_batches(step, size) for step in steps]
+        size = self._step_blocks(len(packed.token_bt), length)[1]
+        ends = np.cumsum(packing.even_parts(len(packed.token_bt), self.settings.optimizer_steps)).tolist()
+        if len(ends) < self.settings.optimizer_steps:
+            _log.warning(
+                "an update of %d blocks of %d tokens takes %d optimizer steps in a pass instead of %d, and the "
+                "learning rate's schedule is behind",
+                *(len(packed.token_bt), length, len(ends), self.settings.optimizer_steps),
+            )
+        spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return [packing.micro_batches(jax.tree.map(lambda x, at=at: x[at], packed), size) for at in spans]
 
     def _block_length(self, rows: Sequence[Row]) -> int:
         """Of `packing.block_lengths` the first, unless a later one saves a twentieth of the work, and so on."""
@@ -251,7 +259,7 @@ class Learner:
         return best
 
     def _step_blocks(self, num_blocks: int, length: int) -> tuple[int, int]:
-        """Blocks of an optimizer step, and of each of its micro-batches."""
+        """Blocks of the largest optimizer step, and of each micro-batch."""
         per_step = -(-num_blocks // self.settings.optimizer_steps)
         return per_step, packing.micro_batch_size(
             per_step,

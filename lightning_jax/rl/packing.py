@@ -260,6 +260,12 @@ def _rounded_up(count: int) -> int:
     return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
+def even_parts(num_blocks: int, num_parts: int) -> list[int]:
+    """Sizes of as many parts, or of one for each block where there are fewer; they differ by one at the most."""
+    parts = min(num_parts, num_blocks)
+    return [num_blocks // parts + (i < num_blocks % parts) for i in range(parts)]
+
+
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Divides a batch into micro-batches of `size` blocks; the last one is filled up with padding."""
     count, length = batch.token_bt.shape

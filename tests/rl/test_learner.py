@@ -310,6 +310,20 @@ def test_more_micro_batches_when_rows_are_more_than_memory_was_planned_for(confi
     assert shapes(batch_size=2, gradient_accumulation=2) == [[(1, 32)] * 4]
     assert shapes(batch_size=2, max_seq_len=64) == [[(4, 32)]]
     assert shapes(optimizer_steps=2, gradient_accumulation=2) == [[(1, 32)] * 2] * 2
+    assert shapes(optimizer_steps=3) == [[(2, 32)]] * 3, "one block, and padding, in two of them"
+
+
+def test_an_update_takes_as_many_optimizer_steps_as_it_is_asked_for(config, params, rows, advantages, caplog):
+    """Four blocks in three parts, whose scores are found again; in five parts there are four, which is said."""
+    settings = dataclasses.replace(SETTINGS, kl_coef=0.0, optimizer_steps=3)
+    learner = Learner(config, params, settings)
+    for ours, whole in zip(learner.score(rows), Learner(config, params, SETTINGS).score(rows), strict=True):
+        np.testing.assert_allclose(ours.logprob, whole.logprob, rtol=0, atol=1e-5)
+    learner.update(rows, advantages)
+    assert learner.state.step == 3 and "optimizer steps" not in caplog.text
+    learner = Learner(config, params, dataclasses.replace(settings, optimizer_steps=5))
+    learner.update(rows, advantages)
+    assert learner.state.step == 4 and "4 optimizer steps in a pass instead of 5" in caplog.text
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_said(config, params, rows, advantages, caplog):

@@ -120,6 +120,11 @@ def test_micro_batches_are_smaller_where_that_leaves_less_padding():
         assert largest / 2 <= size <= largest and -(-blocks // size) * size <= -(-blocks // largest) * largest
 
 
+def test_parts_differ_by_one_at_most():
+    assert packing.even_parts(10, 8) == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert packing.even_parts(8, 4) == [2, 2, 2, 2] and packing.even_parts(3, 8) == [1, 1, 1]
+
+
 def test_micro_batches_are_the_batch_and_padding():
     rng = np.random.default_rng(0)
     batch = packing.pack([make_row(rng, 30, i) for i in range(7)], np.zeros(7, np.float32), 32)

@@ -85,6 +85,8 @@ def test_what_another_model_earned_counts_for_the_call_before():
         ),
         ({"importance_cap": 3}, "algorithm.importance_cap bounds the weights of algorithm.importance_correction"),
         ({"max_gen_batches": 2}, "algorithm.max_gen_batches is for algorithm.filter_groups"),
+        ({"overlong_buffer": 5000}, "algorithm.overlong_buffer must be at most sampler.max_tokens \\(8\\), not 5000"),
+        ({"kl_estimator": "k1", "kl_coef": 0}, "algorithm.kl_estimator is without effect where algorithm.kl_coef is 0"),
         ({"dual_clip": 1}, "algorithm.dual_clip must be greater than 1"),
         ({"kl_estimator": "k4"}, "algorithm.kl_estimator must be one of 'k1'"),
     ],
@@ -92,3 +94,11 @@ def test_what_another_model_earned_counts_for_the_call_before():
 def test_settings_that_do_not_go_together(given, says):
     with pytest.raises(InvalidConfigError, match=f"{says}.*flag --config.algorithm"):
         settings(**given)
+
+
+@pytest.mark.parametrize("cut", [{"sampler.top_p": "0.9"}, {"sampler.top_k": "5"}])
+def test_importance_weights_need_the_whole_distribution(cut):
+    flags = {"runtime.max_staleness": "1", "algorithm.importance_correction": "token_truncate"}
+    config_lib.merge(environ={}, flag_overrides=flags)
+    with pytest.raises(InvalidConfigError, match="importance_correction weighs tokens by their whole distribution"):
+        config_lib.merge(environ={}, flag_overrides=flags | cut)
