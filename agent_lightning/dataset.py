@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -100,9 +101,10 @@ def parse_task(line: bytes) -> dict:
     if len(line) > MAX_LINE_BYTES:
         raise LineError(f"longer than {MAX_LINE_BYTES} bytes", every_line)
     try:
-        task = json.loads(line.decode(), parse_constant=_refuse_constant)
+        task = json.loads(line.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
-        raise LineError(f"not valid JSON: {error.msg} at character {error.pos + 1}", every_line) from None
+        problem = error.msg.removesuffix(" at")
+        raise LineError(f"not valid JSON: {problem} at character {error.pos + 1}", every_line) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a constant, a number of too many digits, deep nesting
         raise LineError(f"not valid JSON: {error}", every_line) from None
     if not isinstance(task, dict):
@@ -204,3 +206,10 @@ def _unreadable(path: str | os.PathLike, error: OSError) -> DataUploadError:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # JSON has no word for it, and the agent would get nothing
+        raise ValueError(f"{text} is more than a number here can be")
+    return value

@@ -114,7 +114,7 @@ class Job:
 
     @contextmanager
     def _interruptible(self, progress: JobProgress):
-        """Ctrl-C once asks the job to end after its step, twice raises KeyboardInterrupt."""
+        """Ctrl-C once asks the job to end after its step, twice raises KeyboardInterrupt; SIGTERM raises SystemExit."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -131,11 +131,18 @@ class Job:
             asked = True
             threading.Thread(target=ask, daemon=True).start()  # the handler itself must not wait for locks
 
-        previous = signal.signal(signal.SIGINT, on_interrupt)
+        def on_termination(number, _):  # by default nobody would tell the server
+            raise SystemExit(128 + number)
+
+        handlers = {signal.SIGINT: on_interrupt}
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            handlers[signal.SIGTERM] = on_termination
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _stop(self, *, now: bool) -> None:
         try:

@@ -149,10 +149,12 @@ def finite_reward(value) -> float:
         raise ValueError(f"the agent returned the text {value[:80]!r}; return a number")
     try:
         reward = float(value)
+    except OverflowError:  # a whole number
+        reward = math.inf
     except Exception:
         raise ValueError(f"the agent returned a {type(value).__name__}; return a number") from None
     if not math.isfinite(reward) or abs(reward) > LARGEST_FLOAT32:
-        raise ValueError(f"the agent returned {reward}; return a finite number")
+        raise ValueError(f"the agent returned {reward}; return a finite number of at most {LARGEST_FLOAT32:.2g}")
     return reward
 
 

@@ -44,9 +44,9 @@ def num_batches(num_tasks: int, batch_size: int, epochs: int) -> int:
 
 
 def task_batches(
-    store: Store, data_id: str, batch_size: int, epochs: int, seed: int, split: str = "train"
+    store: Store, data_id: str, batch_size: int, epochs: int | None, seed: int, split: str = "train"
 ) -> grain.DatasetIterator:
-    """Batches of tasks, `epochs` times over the split, each epoch in its own order drawn from `seed`.
+    """Batches of tasks, `epochs` times over the split or without end, each epoch in its own order drawn from `seed`.
 
     Returns:
         an iterator over lists of up to `batch_size` TaskItem; its get_state() is a JSON-ready dict of the position, and
@@ -62,19 +62,19 @@ def task_batches(
 
 
 class TaskQueue:
-    """A job's tasks in the order of `task_batches`, for steps and for what takes the place of groups left out.
+    """A job's tasks in the order of endless `task_batches`, for steps and for what takes the place of groups left out.
 
     What a replacement leaves of a batch comes first in what is drawn next. Nothing drawn at once holds a task twice.
     """
 
-    def __init__(self, store: Store, data_id: str, batch_size: int, epochs: int, seed: int):
+    def __init__(self, store: Store, data_id: str, batch_size: int, seed: int):
         """Arguments as for `task_batches`."""
-        self._batches = task_batches(store, data_id, batch_size, epochs, seed)
+        self._batches = task_batches(store, data_id, batch_size, None, seed)
         self._source = TaskSource(store, data_id, "train")
         self._spare: list[TaskItem] = []
 
     def batch(self) -> list[TaskItem]:
-        """A step's. Raises StopIteration behind the last epoch."""
+        """A step's."""
         drawn = next(self._batches)
         self._spare += drawn
         return self._take(len(drawn), ())
@@ -82,7 +82,7 @@ class TaskQueue:
     def replacements(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:
         """Up to `count` tasks for a step that has those of `beside`: theirs would be the same rollouts to the token."""
         if len(self._spare) < count:
-            self._spare += next(self._batches, [])
+            self._spare += next(self._batches)
         return self._take(count, beside)
 
     def _take(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:

@@ -28,7 +28,7 @@ from lightning_jax.model import weights
 from lightning_jax.policies import Policies
 from lightning_jax.server import app as server_app
 from lightning_jax.server.control import JobRunner
-from lightning_jax.store import ENDED_JOB, Store
+from lightning_jax.store import ENDED_JOB, DataError, Store
 
 DATA_ID = "config"  # the dataset and the jobs that a config's own files and agent make
 JOB_IDS = {"train": "train", "evaluate": "evaluate"}
@@ -83,7 +83,11 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
     if not path.exists():
         return
     open_store(config).close()
-    before = dict(config_lib.flatten(json.loads(path.read_text())))
+    try:
+        before = dict(config_lib.flatten(json.loads(path.read_text())))
+    except ValueError as error:
+        hint = f"choose another with {cli.flag_of('workdir')}, or remove that file to take its run for this one's"
+        raise InvalidConfigError(f"{path} is damaged: {error}", hint=hint) from None
     now = dict(config_lib.flatten(config.to_dict()))
     models = {key for key in before.keys() ^ now.keys() if key.startswith("models.")}
     differences = [
@@ -199,8 +203,11 @@ def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
         store = stack.enter_context(contextlib.closing(open_store(config)))
         for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
-            if path:
-                store.put_dataset(DATA_ID, split, _read_chunks(path))
+            try:
+                if path:
+                    store.put_dataset(DATA_ID, split, _read_chunks(path))
+            except DataError as error:
+                raise error.within(path) from None
         policies = _start_policies(config, stack, leader)
         for name, policy in policies.items():
             if policy.tokenizer.chat_template is None:

@@ -97,12 +97,8 @@ class _Run:
         tasks_per_step = self.spec.get("batch_size") or config.runtime.batch_size // config.algorithm.group_size
         epochs = self.spec.get("epochs") or config.runtime.epochs
         batches_per_epoch = data.num_batches(self.store.num_tasks(self.data_id, "train"), tasks_per_step, 1)
-        total_steps = self.spec.get("total_steps") or config.runtime.total_steps
-        if total_steps:
-            epochs = -(-total_steps // batches_per_epoch)
-        total_steps = total_steps or epochs * batches_per_epoch
-        most_epochs = epochs * config.algorithm.max_gen_batches
-        tasks = data.TaskQueue(self.store, self.data_id, tasks_per_step, most_epochs, config.seed)
+        total_steps = self.spec.get("total_steps") or config.runtime.total_steps or epochs * batches_per_epoch
+        tasks = data.TaskQueue(self.store, self.data_id, tasks_per_step, config.seed)
 
         with metrics.MetricsWriter(
             self.workdir,

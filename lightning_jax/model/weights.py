@@ -77,7 +77,7 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
         found = pathlib.Path(path).expanduser()
         hint = "give a local folder with config.json and *.safetensors, a .gguf file, or builtin:tiny"
         if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not str(path).endswith(".gguf"):
-            hint += f"; the model of that name on the hub is fetched by `hf download {path} --local-dir {found.name}`"
+            hint += f"; the model of that name on the hub is fetched by `hf download {path} --local-dir {path}`"
     if not found.exists():
         raise InvalidConfigError(f"model path {str(path)!r} does not exist", hint=hint)
     return found

@@ -95,8 +95,7 @@ class _Body:
         try:
             act(self._uploads[split])
         except DataError as error:
-            text = str(error).removesuffix(f"\n  hint: {error.hint}")
-            raise DataError(f"{split} tasks, {text}", error.line, hint=error.hint) from None
+            raise error.within(f"{split} tasks") from None
 
     def _other_body(self, how: str) -> DataError:
         return DataError(f"what arrived {how} than was announced", hint="was a file written to during the upload?")

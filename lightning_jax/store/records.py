@@ -29,6 +29,11 @@ class DataError(DataUploadError):
         self.line = line
         super().__init__(message, hint=hint)
 
+    def within(self, where: str) -> "DataError":
+        """The same, which says in what the line is."""
+        text = str(self).removesuffix(f"\n  hint: {self.hint}")
+        return DataError(f"{where}, {text}", self.line, hint=self.hint)
+
 
 class UnknownError(AgentLightningError, KeyError):
     """There is no dataset or job of this name."""

@@ -140,6 +140,17 @@ def test_ctrl_c_twice_ends_at_once(script, training):
     assert not any(map(is_alive, written_pids(folder)))
 
 
+def test_sigterm_ends_the_job_too(script, training):
+    """Or the server would wait for the dead client's workers, and all others with it."""
+    process, folder = script(1000.0)
+    job_id = training[1].jobs()[-1]["job_id"]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    wait_until(lambda: training[1].job(job_id)["status"] == "stopped")
+    assert not any(map(is_alive, written_pids(folder)))
+
+
 def test_command_line(training, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("AGENT_LIGHTNING_SERVER_URL", training[0])
     (tmp_path / "train.jsonl").write_text(TASKS)

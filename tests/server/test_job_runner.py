@@ -324,6 +324,18 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
     policies.close()
 
 
+def test_fewer_steps_than_were_made_change_nothing(config, store):
+    for total_steps in (3, 2):
+        policies = Policies(config)
+        runner = JobRunner(policies, store, config, resume=lambda job_id: False)
+        runner.submit({"kind": "train", "data_id": "d", "total_steps": total_steps, "batch_size": 2}, "train")
+        with Pool(store, "train"):
+            wait_for(lambda: status(store, "train") in ("succeeded", "failed"))
+        runner.close()
+        policies.close()
+        assert status(store, "train") == "succeeded" and store.job("train")["result"]["total_steps"] == 3
+
+
 def test_what_a_restart_does_again_is_not_there_twice(serving, store, config):
     """An evaluation of two tasks whose server ended when one of them had."""
     runner = JobRunner(serving.policies, store, config)

@@ -62,6 +62,8 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_tasks(store):
         (b'{"question": null}', "'question' is missing"),
         (b'{"question": "a"', "not valid JSON"),
         (b'{"question": NaN}', "not valid JSON: NaN"),
+        (b'{"question": "a", "x": -1e999}', "not valid JSON: -1e999"),
+        (b'{"question": "a', "not valid JSON: Unterminated string starting at character 14"),
         (b'{"question": ' + b"[" * 200_000, "not valid JSON.*recursion"),
         ('{"question": "a"}'.encode("utf-16"), "not valid JSON"),
         (b'{"question": "\xff"}', "not valid JSON"),
@@ -192,11 +194,11 @@ def test_epochs_and_seeds_differ_in_order(store):
 def test_what_replacements_leave_comes_first_and_nothing_is_drawn_twice_at_once(store):
     store.put_dataset("d", "train", [lines(*({"question": i} for i in range(8)))])
     order = [i for batch in indices(data.task_batches(store, "d", 4, 2, 0)) for i in batch]
-    queue = data.TaskQueue(store, "d", 4, 2, 0)
+    queue = data.TaskQueue(store, "d", 4, 0)
     first = queue.batch()
     more = queue.replacements(1, first)
     assert indices([first, more]) == [order[:4], order[4:5]]
-    again = data.TaskQueue(store, "d", 4, 2, 0)
+    again = data.TaskQueue(store, "d", 4, 0)
     again.set_state(json.loads(json.dumps(queue.get_state())))
     ((third,), (restored,)) = indices([queue.batch()]), indices([again.batch()])
     assert third == restored and third[:3] == order[5:8] and len(set(third)) == 4, "two epochs meet in it"
