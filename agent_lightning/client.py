@@ -1,6 +1,7 @@
 """The client: uploads data, starts jobs and runs their agents here, on this machine."""
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ class Client:
             The dataset's id, which `train` uses unless it is told another.
 
         Raises:
+            InvalidConfigError: an argument is no path.
             DataUploadError: a file cannot be read, a line is not an object with a `question`, which is named, or the
                 server could not store it.
             ServerConnectionError: the server cannot be reached.
@@ -137,6 +139,8 @@ class Client:
             "rollout_timeout": rollout_timeout,
             "max_attempts": max_attempts,
         }
+        if checkpoint_dir:
+            _a_path(checkpoint_dir=checkpoint_dir)
         copies = CheckpointCopies(checkpoint_dir, self._download_all) if checkpoint_dir else None
         try:
             return training_result(self._run_job("training", spec, agent_func, nworkers, copies))
@@ -178,6 +182,8 @@ class Client:
         choose_nworkers(nworkers)
         if num_samples is not None:
             _at_least_one(num_samples=num_samples)
+        if isinstance(success_threshold, bool) or not isinstance(success_threshold, int | float):
+            raise InvalidConfigError(f"success_threshold={success_threshold!r} is not a number")
         spec = {
             "kind": "evaluate",
             "data_id": self._upload({"test": test_file}) if test_file else self._dataset(data_id),
@@ -284,6 +290,7 @@ class Client:
 
     def _upload(self, files: dict[str, str | os.PathLike], data_id: str | None = None) -> str:
         files = {split: files[split] for split in dataset.SPLITS if split in files}
+        _a_path(**{f"{split}_file": path for split, path in files.items()})
         if data_id is not None:
             dataset.check_name(data_id)
         checked = dataset.check_files(files)
@@ -309,6 +316,11 @@ class Client:
         self, title: str, spec: dict, agent: Callable | str, nworkers: int, copies: CheckpointCopies | None = None
     ) -> dict:
         """Starts a job and runs its agents until it has ended; returns the job."""
+        for name, value in spec.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise InvalidConfigError(f"{name}={value!r} cannot be sent as JSON: {error}") from None
         source = pack_agent(agent)  # before there is a job, since it may not be possible
         job = Job(self._transport, title, spec)
 
@@ -338,12 +350,18 @@ def choose_nworkers(nworkers: int, most: int | None = None) -> int:
     """
     if nworkers == -1:
         return min(MOST_WORKERS, WORKERS_PER_CORE * (os.cpu_count() or 1), MOST_WORKERS if most is None else most)
-    if not isinstance(nworkers, int) or nworkers < 1:
+    if isinstance(nworkers, bool) or not isinstance(nworkers, int) or nworkers < 1:
         raise InvalidConfigError(f"nworkers={nworkers} is not a number of processes", hint="-1 chooses one")
     return nworkers
 
 
 def _at_least_one(**arguments: int) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidConfigError(f"{name}={value!r} is not a whole number from 1 on")
+
+
+def _a_path(**arguments: str | os.PathLike) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, str | os.PathLike):
+            raise InvalidConfigError(f"{name}={value!r} is not a path")

@@ -46,7 +46,7 @@ class Checked:
 
 def check_name(data_id: str) -> None:
     """Raises DataUploadError unless a dataset can have this name."""
-    if not _NAME.fullmatch(data_id):
+    if not isinstance(data_id, str) or not _NAME.fullmatch(data_id):
         raise DataUploadError(
             f"data_id {data_id!r} is not a name of letters, digits, '.', '_' and '-'",
             hint="it begins with a letter or a digit and has at most 128 characters",

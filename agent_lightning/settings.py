@@ -24,7 +24,7 @@ def server_url(argument: str | None = None) -> str:
             "no server URL",
             hint=f"set {SERVER_URL} to http://localhost:8000 or the like, or pass it as server_url= or --server-url",
         )
-    parts = urlsplit(url)
+    parts = urlsplit(str(url))
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise InvalidConfigError(f"{source}={url!r} is not a URL", hint="it looks like http://localhost:8000")
     return url.rstrip("/")

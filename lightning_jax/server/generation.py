@@ -132,7 +132,7 @@ class Generation:
             future = self._policy.sample(
                 self.prompt_ids,
                 parameters,
-                should_stop=StopStrings(self._policy.tokenizer, stop).check if stop else None,
+                should_stop=self._stop_strings().check if stop else None,
                 on_tokens=functools.partial(self._sampled, i) if self._request.stream else None,
                 on_top_logprobs=self._samples[i].top_logprobs.extend if watch_top else None,
                 fairness_key=fairness_key,
@@ -281,7 +281,16 @@ class Generation:
             in_pieces = request.stream and self._prepared.certain_calls and self._family != "mistral"
             parse = tools.PieceParser if in_pieces else tools.ReplyParser
             parser = parse(self._family, self._prepared.names[i])
-        return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser)
+        return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser, continues=self._continues)
+
+    def _stop_strings(self) -> StopStrings:
+        return StopStrings(self._policy.tokenizer, self._request.stop, continues=self._continues)
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the samples go on from a text: a prompt that is no chat, or the beginning of a reply."""
+        request = self._request
+        return bool(request.prompt or (request.continue_final and self._prepared.messages[-1]["content"]))
 
     def _checked(self, completion: Completion) -> Completion:
         if completion.finish_reason == "error":

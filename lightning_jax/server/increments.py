@@ -16,6 +16,7 @@ class ReplyText:
         end_ids: ids that end a turn; the last id of a sample that stopped is no text if it is one of them.
         stop: the stop strings.
         parser: takes tool calls out of the text; None leaves them there.
+        continues: the text goes on from another, see `Tokenizer.decode`.
 
     Attributes:
         content: the text so far.
@@ -30,11 +31,13 @@ class ReplyText:
         end_ids: Collection[int],
         stop: Sequence[str] = (),
         parser: tools.ReplyParser | tools.PieceParser | None = None,
+        *,
+        continues: bool = False,
     ):
         self.content = ""
         self.num_text_tokens = 0
         self.stop_string: str | None = None
-        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._decoder = StreamDecoder(tokenizer, skip_special=True, continues=continues)
         self._end_ids = end_ids
         self._stop = stop
         self._parser = parser
@@ -85,8 +88,8 @@ class ReplyText:
 class StopStrings:
     """Tells, as ids are sampled, when their text first holds one of the stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool = False):
+        self._decoder = StreamDecoder(tokenizer, continues=continues)
         self._stop = stop
         self._seen = 0
         self._tail = ""

@@ -45,7 +45,8 @@ def build_plain_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], earlie
     best, best_text = None, ""
     for index, call in enumerate(earlier):
         if call.prompt_text is not None and len(call.sampled_ids):
-            text = call.prompt_text + tokenizer.decode(_without_end(tokenizer, call.sampled_ids), skip_special=True)
+            ids, before = _without_end(tokenizer, call.sampled_ids), call.prompt_text
+            text = before + tokenizer.decode(ids, skip_special=True, continues=bool(before))
             if prompt.startswith(text) and len(text) >= len(best_text):
                 best, best_text = index, text
     if best is not None:

@@ -115,16 +115,17 @@ class Tokenizer:
                 return ids[len(self._newline_ids) :]
         return self.encode(text)
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = False, *, continues: bool = False) -> str:
         """Decodes ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: token ids; ids that are not in the vocabulary decode to nothing.
             skip_special: leaves out special tokens, except those that mark tool calls (`tools.parse_reply` reads them).
+            continues: they go on from a text; the space that SentencePiece puts in front of a first word is then one.
         """
         hidden = self._hidden if skip_special else ()
         data = b"".join([self.token_bytes(index) for index in ids if index not in hidden])
-        if self._strips_first_space and data.startswith(b" "):
+        if self._strips_first_space and not continues and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", "replace")
 
@@ -253,11 +254,12 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids as they arrive; the pieces together are `tokenizer.decode` of all ids, never half a character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, *, continues: bool = False):
+        """Arguments as for `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._hidden = tokenizer._hidden if skip_special else ()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer._strips_first_space
+        self._strip = tokenizer._strips_first_space and not continues
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next ids; returns the text that is now certain (perhaps "")."""

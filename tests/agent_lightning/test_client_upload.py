@@ -148,11 +148,22 @@ def test_bad_arguments_start_nothing(served, files):
     with pytest.raises(InvalidConfigError, match="no dataset"):
         client.train(lambda resource, task: 1)
     client.upload_data(files(GOOD))
-    for arguments in [{"nworkers": 0}, {"nworkers": -2}, {"epochs": 0}, {"batch_size": 1.5}, {"eval_interval": 0}]:
+    wrong = [{"nworkers": 0}, {"nworkers": -2}, {"epochs": 0}, {"batch_size": 1.5}, {"batch_size": True}]
+    wrong += [{"eval_interval": 0}, {"checkpoint_dir": 5}, {"test_file": 5}, {"rollout_timeout": float("inf")}]
+    wrong += [{"metadata": {"a": float("nan")}}, {"metadata": {"a": object()}}]
+    for arguments in wrong:
         with pytest.raises(InvalidConfigError, match=next(iter(arguments))):
             client.train(lambda resource, task: 1, **arguments)
     with pytest.raises(InvalidConfigError, match="num_samples=0"):
         client.evaluate(lambda resource, task: 1, num_samples=0)
+    with pytest.raises(InvalidConfigError, match="success_threshold='x'"):
+        client.evaluate(lambda resource, task: 1, num_samples=2, success_threshold="x")
+    with pytest.raises(InvalidConfigError, match="train_file=None is not a path"):
+        client.upload_data(None)
+    with pytest.raises(DataUploadError, match="data_id 5"):
+        client.upload_data(files(GOOD), data_id=5)
+    with pytest.raises(InvalidConfigError, match="server_url=5"):
+        Client(5)
     for timeout in (0, -1, "300", True):
         with pytest.raises(InvalidConfigError, match="timeout="):
             Client(served.url, timeout=timeout)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax.text import StreamDecoder, load_tokenizer
+from lightning_jax.text.plain import build_plain_prompt
 
 SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = [
@@ -159,6 +161,22 @@ def test_stream_decoder_never_emits_half_a_character(tokenizers, text):
             seen += decoder.push([index])
             assert whole.startswith(seen), name
         assert name == "smollm2" or (seen == text and decoder.flush() == "")
+
+
+def test_a_text_goes_on_where_it_was_cut(tokenizer):
+    """SentencePiece's first word keeps its space, in the reply and where the next prompt is compared with it."""
+    ids = tokenizer.encode_beginning("This is the end of it")
+    whole, words = tokenizer.decode(ids, skip_special=True), 0
+    for cut in range(2, len(ids)):
+        before, after = tokenizer.decode(ids[:cut], skip_special=True), ids[cut:]
+        text = tokenizer.decode(after, skip_special=True, continues=True)
+        assert before + text == whole
+        assert StreamDecoder(tokenizer, skip_special=True, continues=True).push(after) == text
+        call = types.SimpleNamespace(prompt_text=before, prompt_ids=ids[:cut], sampled_ids=after)
+        prompt = build_plain_prompt(tokenizer, whole + " all", [call])
+        assert prompt.parent == 0 and prompt.ids[: len(ids)] == ids
+        words += text.startswith(" ")
+    assert words
 
 
 def test_stream_decoder_flushes_an_unfinished_character(tokenizers):
