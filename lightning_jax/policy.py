@@ -95,7 +95,7 @@ class Policy:
         sampling: engine_lib.SamplingParams,
         *,
         should_stop: Callable[[list[int]], int | None] | None = None,
-        on_tokens: Callable[[list[int], np.ndarray], None] | None = None,
+        on_tokens: Callable[[list[int], np.ndarray, tuple[int, int]], None] | None = None,
         on_top_logprobs: Callable[[list[list[tuple[int, float]]] | None], None] | None = None,
         fairness_key: str = "",
     ) -> concurrent.futures.Future:

@@ -364,8 +364,13 @@ class Engine:
         if request.on_top_logprobs is not None and tokens:
             request.on_top_logprobs(sequence.top_logprobs(len(sequence.logprobs) - len(tokens), len(sequence.logprobs)))
         if request.on_tokens is not None and tokens:
-            request.on_tokens(tokens, np.asarray(logprobs, np.float32))
+            request.on_tokens(tokens, np.asarray(logprobs, np.float32), self._versions(sequence))
         return reason
+
+    def _versions(self, sequence: scheduler.Sequence) -> tuple[int, int]:
+        """Of the weights when it was first admitted, or now if it never was, and of those that sampled last."""
+        first = self.version if sequence.policy_version is None else sequence.policy_version
+        return first, max(first, sequence.last_policy_version)
 
     def _deliver(self, sequence: scheduler.Sequence, reason: str, error: str | None = None) -> None:
         request = sequence.request
@@ -373,7 +378,7 @@ class Engine:
         with self._lock:
             del self._in_flight[request.request_id]
         self._counts["requests"] += 1
-        first = self.version if sequence.policy_version is None else sequence.policy_version
+        first, last = self._versions(sequence)
         completion = Completion(
             request_id=request.request_id,
             token_ids=sequence.tokens[sequence.prompt_length :],
@@ -381,7 +386,7 @@ class Engine:
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens,
             policy_version=first,
-            last_policy_version=max(first, sequence.last_policy_version),
+            last_policy_version=last,
             error=error,
             top_logprobs=sequence.top_logprobs(0, len(sequence.logprobs)),
             constrained=request.sampling.constrained,

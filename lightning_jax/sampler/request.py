@@ -146,7 +146,8 @@ class Request:
         on_done: called once, on the device thread; it must be quick.
         should_stop: called with all ids sampled so far whenever there are new ones; returns how many of them to keep
             if the reply ends there (stop strings), else None.
-        on_tokens: called with the new ids and their log-probs whenever there are some (streaming).
+        on_tokens: called with the new ids, their log-probs and the policy versions that sampled the reply's first
+            token and its last so far, whenever there are some (streaming).
         on_top_logprobs: called before `on_tokens` with the same tokens' `Completion.top_logprobs`.
         fairness_key: waiting requests are admitted in turns, one of each key at a time.
     """
@@ -157,7 +158,7 @@ class Request:
     on_done: Callable[[Completion], None]
     should_stop: Callable[[list[int]], int | None] | None = None
     fairness_key: str = ""
-    on_tokens: Callable[[list[int], np.ndarray], None] | None = None
+    on_tokens: Callable[[list[int], np.ndarray, tuple[int, int]], None] | None = None
     on_top_logprobs: Callable[[list[list[tuple[int, float]]] | None], None] | None = None
 
 

@@ -60,7 +60,7 @@ class _Sample:
         ids, logprobs: all that has come.
         top_logprobs: theirs, if they were asked for.
         given: how many of them went into deltas.
-        policy_version, last_policy_version: when the first of them came, and the last.
+        versions: the policy versions that sampled the first of them and the last.
     """
 
     text: ReplyText
@@ -68,8 +68,7 @@ class _Sample:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: TopLogprobs = dataclasses.field(default_factory=list)
     given: int = 0
-    policy_version: int = 0
-    last_policy_version: int = 0
+    versions: tuple[int, int] = (0, 0)
     done: bool = False
 
 
@@ -163,8 +162,7 @@ class Generation:
             if sample.given and not sample.done:
                 text, ids = sample.text, sample.ids[: sample.given]
                 choice = Choice(text.content, text.tool_calls, ids, [], len(ids), "cancelled", None)
-                versions = sample.policy_version, sample.last_policy_version
-                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", versions)
+                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", sample.versions)
         if not self._recorded:
             self._on_nothing()
 
@@ -233,9 +231,9 @@ class Generation:
             timer.cancel()
             watcher.cancel()
 
-    def _sampled(self, i: int, ids: list[int], logprobs: np.ndarray) -> None:
+    def _sampled(self, i: int, ids: list[int], logprobs: np.ndarray, versions: tuple[int, int]) -> None:
         """On the device thread."""
-        self._loop.call_soon_threadsafe(self._put, i, (ids, logprobs.tolist(), self._policy.version))
+        self._loop.call_soon_threadsafe(self._put, i, (ids, logprobs.tolist(), versions))
 
     def _put(self, i: int | None, news) -> None:
         self._news.put_nowait((i, news))
@@ -243,11 +241,9 @@ class Generation:
     def _ping(self) -> None:
         self._put(None, None)
 
-    def _grown(self, i: int, ids: list[int], logprobs: list[float], policy_version: int) -> Delta | None:
+    def _grown(self, i: int, ids: list[int], logprobs: list[float], versions: tuple[int, int]) -> Delta | None:
         sample = self._samples[i]
-        if not sample.ids:
-            sample.policy_version = policy_version
-        sample.last_policy_version = policy_version
+        sample.versions = versions
         sample.ids += ids
         sample.logprobs += logprobs
         content, calls = sample.text.push(ids)

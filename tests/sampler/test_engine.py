@@ -306,8 +306,8 @@ def test_published_weights_are_used_at_once_and_old_prefixes_forgotten(small, pr
     other = random_model(SMALL, seed=7)
     engine = small.engine(version=3)
     sampling = SamplingParams(max_tokens=60, noise_key=(5, 5), ignore_eos=True)
-    runner = Runner(engine)
-    runner.submit("across", prompts[2], sampling)
+    runner, versions = Runner(engine), []
+    runner.submit("across", prompts[2], sampling, on_tokens=lambda ids, logprobs, both: versions.append(both))
     for _ in range(3):
         engine.step()
     engine.publish(other.params, version=4)
@@ -315,6 +315,8 @@ def test_published_weights_are_used_at_once_and_old_prefixes_forgotten(small, pr
     done = runner.finish()
     assert done["across"].policy_version == 3 and done["after"].policy_version == 4
     assert done["across"].last_policy_version == done["after"].last_policy_version == 4
+    # Also of what was sampled before the publication and read after it.
+    assert versions == sorted(versions) and set(versions) == {(3, 3), (3, 4)}
     assert done["after"].cached_tokens == 0
     assert_same({"after": done["after"]}, run(other.engine(), [("after", prompts[2], sampling)]))
     before = run(small.engine(), [("across", prompts[2], sampling)])["across"].token_ids

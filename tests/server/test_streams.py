@@ -180,14 +180,14 @@ def test_errors_before_the_first_token_have_their_status(serving):
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic"])
 def test_an_attempt_that_ends_ends_its_streams_with_an_error(serving, dialect):
-    job, leases, ids = serving.open()
+    job, leases, ids = serving.open(mode="evaluate")  # in training replies are short, and soon over
     url = serving.model_api(leases[0])
     if dialect == "openai":
         client, kind = openai_client(url), openai.APIError
         stream = client.chat.completions.create(model="m", messages=USER, max_tokens=24, n=50, stream=True)
     else:
         client, kind = anthropic_client(url), anthropic.APIStatusError
-        stream = client.messages.create(model="m", messages=USER, max_tokens=24, stream=True)
+        stream = client.messages.create(model="m", messages=USER, max_tokens=200, stream=True)
     with client, pytest.raises(kind, match="ended"):
         next(iter(stream))
         serving.store.cancel_open(job)
