@@ -101,7 +101,7 @@ class Client:
         """Trains the server's model with an agent that runs in worker processes here.
 
         The training is a job of the server, which survives a restart of the server. Ctrl-C once ends it after the
-        step in hand, with a checkpoint and a last evaluation; twice ends it at once.
+        step in hand, with a checkpoint and a last evaluation; twice, or SIGTERM, ends it at once.
 
         Args:
             agent_func: `(resource, task) -> reward`, also async, or a script as `file.py` or `file.py:function`.
