@@ -248,6 +248,14 @@ def _restore(found: Path, **items: Any) -> Any:
             f"checkpoint {found} cannot be restored: {error}",
             hint="resume with the optimizer settings it was made with, or choose another workdir",
         ) from error
+    except Exception as error:  # a bare one of Orbax, where an array's file is damaged
+        step = found if _STEP.fullmatch(found.name) else found.parent
+        others = [path for path in all_steps(step.parent) if path != step]
+        problem = str(error.__cause__ or error).partition(" [tensorstore_spec")[0]
+        raise InvalidConfigError(
+            f"checkpoint {step} is damaged: {problem}",
+            hint=f"remove it, and {others[-1].name} is the newest" if others else "choose another workdir",
+        ) from error
 
 
 def _linked(folder: str | os.PathLike, name: str) -> Path | None:

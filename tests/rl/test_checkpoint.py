@@ -279,6 +279,16 @@ def test_no_room_on_the_disk_is_said_and_leaves_the_older_checkpoint(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-1", "step-3"]
 
 
+def test_a_damaged_array_is_said_with_what_else_there_is(tmp_path):
+    state = make_state(1.0, size=100_000)
+    checkpoint.save(tmp_path, 1, state, {})
+    path = checkpoint.save(tmp_path, 2, state, {})
+    largest = max(path.glob("params/**/d/*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    with pytest.raises(InvalidConfigError, match=f"checkpoint {path} is damaged: .*\n  hint: .*step-1 is the newest"):
+        checkpoint.restore(tmp_path, abstract(state))
+
+
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError, match="JSON serializable"):
         checkpoint.save(tmp_path, 1, make_state(1), {"array": np.zeros(3)})
