@@ -75,7 +75,7 @@ class Learner:
         """
         self.config = config
         self.settings = settings
-        self._mesh, self._between = mesh, between
+        self._mesh, self._between, self._warned_of_blocks = mesh, between, False
         with mesh_lib.current(mesh):
             self._shares_prefixes = attention.takes_prefixes(config.sliding_window)
             self._length_unit = attention.length_unit()
@@ -226,7 +226,8 @@ class Learner:
             packed = packing.pack(rows, advantage_n, length, share=self._shares_prefixes)
         size = self._step_blocks(len(packed.token_bt), length)[1]
         ends = np.cumsum(packing.even_parts(len(packed.token_bt), self.settings.optimizer_steps)).tolist()
-        if len(ends) < self.settings.optimizer_steps:
+        if len(ends) < self.settings.optimizer_steps and not self._warned_of_blocks:
+            self._warned_of_blocks = True
             _log.warning(
                 "an update of %d blocks of %d tokens takes %d optimizer steps in a pass instead of %d, and the "
                 "learning rate's schedule is behind",
