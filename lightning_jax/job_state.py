@@ -57,6 +57,10 @@ class History:
     failed: int = 0
     first_failure: str | None = None
 
+    def is_tested(self, step: int) -> bool:
+        """Whether there was an evaluation at this step."""
+        return step in (tested for tested, _ in self.test_rewards)
+
     def result(self, step: int) -> dict[str, Any]:
         """What a job's result says of it when the policy is at `step`."""
         tests = self.test_rewards

@@ -203,9 +203,10 @@ def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None
         sock = stack.enter_context(server_app.bind(config.server.host, config.server.port))
         store = stack.enter_context(contextlib.closing(open_store(config)))
         for split, path in (("train", config.data.train_file), ("test", config.data.test_file)):
+            if not path:
+                continue
             try:
-                if path:
-                    store.put_dataset(DATA_ID, split, _read_chunks(path))
+                store.put_dataset(DATA_ID, split, _read_chunks(path))
             except DataError as error:
                 raise error.within(path) from None
         policies = _start_policies(config, stack, leader)

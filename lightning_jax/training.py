@@ -147,7 +147,7 @@ class _Run:
         if not self._has_checkpoint(step):
             self._checkpoint(step, tasks)
         self._close_ahead()
-        if step > first and step not in (tested for tested, _ in self.history.test_rewards):
+        if step > first and not self.history.is_tested(step):
             self._evaluate(step)
 
     def _make_up_evaluation(self, writer: metrics.MetricsWriter) -> None:
@@ -156,7 +156,7 @@ class _Run:
         The job was stopped there, and the evaluation came after the checkpoint, if it came.
         """
         step = self.policies.step
-        if step in (tested for tested, _ in self.history.test_rewards):
+        if self.history.is_tested(step):
             return
         row = next((row for row in metrics.read_metrics(self.workdir) if row["step"] == step), {})
         if row.get("eval/reward") is not None:

@@ -128,10 +128,11 @@ class Generation:
         stop, watch_top = self._request.stop, self._request.stream and self._request.top_logprobs
         fairness_key = str(self._attempt.rollout_id) if self._attempt else "root"
         for i, parameters in enumerate(self._prepared.sampling):
+            strings = StopStrings(self._policy.tokenizer, stop, continues=self._continues) if stop else None
             future = self._policy.sample(
                 self.prompt_ids,
                 parameters,
-                should_stop=self._stop_strings().check if stop else None,
+                should_stop=strings.check if strings else None,
                 on_tokens=functools.partial(self._sampled, i) if self._request.stream else None,
                 on_top_logprobs=self._samples[i].top_logprobs.extend if watch_top else None,
                 fairness_key=fairness_key,
@@ -278,9 +279,6 @@ class Generation:
             parse = tools.PieceParser if in_pieces else tools.ReplyParser
             parser = parse(self._family, self._prepared.names[i])
         return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser, continues=self._continues)
-
-    def _stop_strings(self) -> StopStrings:
-        return StopStrings(self._policy.tokenizer, self._request.stop, continues=self._continues)
 
     @property
     def _continues(self) -> bool:

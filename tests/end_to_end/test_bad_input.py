@@ -45,7 +45,7 @@ def test_bad_tasks_name_their_line(tmp_path, content, problem):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(content)
     error = refused(tmp_path / "run", f"--config.data.train_file={tasks}")
-    assert f"{tasks}, {problem}" in error
+    assert "DataError" in error and f"{tasks}, {problem}" in error
 
 
 def test_missing_tasks(tmp_path):
