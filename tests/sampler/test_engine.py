@@ -208,7 +208,7 @@ def test_a_stop_string_keeps_what_the_caller_says(small, prompts):
         return 9 if len(ids) >= 11 else None
 
     runner = Runner(small.engine())
-    on_tokens = lambda ids, logprobs: streamed.extend(zip(ids, logprobs, strict=True))  # noqa: E731
+    on_tokens = lambda ids, logprobs, _: streamed.extend(zip(ids, logprobs, strict=True))  # noqa: E731
     runner.submit("a", prompts[0], sampling, should_stop=should_stop, on_tokens=on_tokens)
     done = runner.finish()["a"]
     assert done.token_ids == tokens[:9] and done.finish_reason == "stop" and len(done.logprobs) == 9

@@ -292,7 +292,7 @@ def test_streams_and_stop_strings(engine, prompts):
         "a",
         prompts[0],
         pointed(2, top_logprobs=2),
-        on_tokens=lambda ids, logprobs: streamed.extend(zip(ids, logprobs.tolist(), strict=True)),
+        on_tokens=lambda ids, logprobs, _: streamed.extend(zip(ids, logprobs.tolist(), strict=True)),
         on_top_logprobs=tops.extend,
         should_stop=lambda ids: 5 if len(ids) >= 7 else None,
     )
