@@ -5,6 +5,7 @@ import time
 
 from agent_lightning.pool import PoolStatus
 
+_QUEUED = "queued: the server has an earlier job to end first"
 SAMPLE_CHARS = 300  # of a completion in the table of samples
 
 
@@ -32,6 +33,7 @@ class JobProgress:
         self._reward = self._speed = self._left = ""
         self._rollouts = self._ended_before = 0
         self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
+        self._said_queued = False
         self._first = 0  # the model's step before the job's first update
         self._first_step: tuple[int, float] | None = None
 
@@ -64,6 +66,9 @@ class JobProgress:
 
     def on_status(self, status: PoolStatus) -> None:
         """Takes the pool's state."""
+        if _is_queued(status) and not self._live and not self._said_queued:
+            self._said_queued = True
+            self.say(_QUEUED)
         self._seen = status
         self._refresh()
 
@@ -113,7 +118,14 @@ class JobProgress:
         rollouts = f"rollouts {ended}/{self._rollouts}" if self._rollouts else "waiting for the server"
         if not self._seen.idle and not self._seen.busy:
             rollouts = "starting workers"
+        elif _is_queued(self._seen):
+            rollouts = _QUEUED
         self._bar.update(self._steps, note="  ".join(filter(None, [self._reward, rollouts, self._speed, self._left])))
+
+
+def _is_queued(status: PoolStatus) -> bool:
+    """Whether workers wait for a job whose turn it is not: a server that is free takes it before they have started."""
+    return status.job_status == "queued" and status.idle > 0
 
 
 def _ended(status: PoolStatus) -> int:

@@ -65,7 +65,7 @@ class Rollouts:
         self._leases: dict[str, Attempt] = {}
         self._tokens: dict[str, Attempt] = {}
         self._pools: dict[str, float] = {}
-        self._heard: dict[str, float] = {}  # when rollouts of a job were opened or a pool last spoke for it
+        self._heard: dict[str, float] = {}  # when a pool last spoke for a job, or its first rollouts were opened
         self._ticked = time.monotonic()
 
     # ---- the training loop's side ----
@@ -85,7 +85,7 @@ class Rollouts:
             self._database.write((f"INSERT INTO rollouts ({columns}) VALUES ({', '.join('?' * 11)})", rows))
             self._open.update((rollout.rollout_id, rollout) for rollout in rollouts)
             self._waiting[job_id].extend(rollouts)
-            self._heard[job_id] = time.monotonic()
+            self._heard.setdefault(job_id, time.monotonic())
             self._changed.notify_all()
         self._announce()
         return [rollout.rollout_id for rollout in rollouts]

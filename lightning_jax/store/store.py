@@ -198,9 +198,9 @@ class Store:
         self._rollouts.wait(job_id, rollout_ids, stop, progress)
 
     def silent_s(self, job_id: str) -> float:
-        """Seconds since a pool last spoke for the job, or since rollouts were opened if that was later.
+        """Seconds since a pool last spoke for the job, queued or running, or since its first rollouts if none has.
 
-        0 before the first. To be asked in the `stop` of `wait`: a pause of several seconds between two questions counts
+        0 before both. To be asked in the `stop` of `wait`: a pause of several seconds between two questions counts
         as this process having stood still, when no pool could reach it.
         """
         return self._rollouts.silent_s(job_id)

@@ -1,5 +1,6 @@
 """What a job shows where there is no terminal: plain lines."""
 
+from agent_lightning.pool import PoolStatus
 from agent_lightning.progress import JobProgress
 
 
@@ -47,3 +48,11 @@ def test_sample_completions_are_a_table(capfd):
         progress.on_event({"kind": "samples", "step": 3, "data": {"samples": samples}}, {"step": 3})
     text = capfd.readouterr().err
     assert "samples of step 3" in text and "train-1" in text and "0.250" in text and "so [b]4[/b]" in text
+
+
+def test_a_job_behind_another_says_so_once(capfd):
+    with JobProgress("training") as progress:
+        for job_status, idle in [("queued", 0), ("queued", 1), ("queued", 2), ("running", 2)]:
+            status = PoolStatus(job_status, 2 - idle, idle, busy=0, succeeded=0, failed=0, crashed=0, timed_out=0)
+            progress.on_status(status)
+    assert capfd.readouterr().err.splitlines() == ["queued: the server has an earlier job to end first"]
