@@ -259,8 +259,7 @@ class Engine:
         budget = self._prefill_budget
         worked = False
         while budget > 0:
-            for sequence in self._scheduler.admit(self.version):
-                self._counts["cached_tokens"] += sequence.computed if sequence.leader is None else sequence.target
+            self._scheduler.admit(self.version)
             idle = True
             for batch in self._scheduler.plan_prefill():
                 self._executor.prefill(batch)
@@ -378,6 +377,7 @@ class Engine:
         with self._lock:
             del self._in_flight[request.request_id]
         self._counts["requests"] += 1
+        self._counts["cached_tokens"] += sequence.cached_tokens
         first, last = self._versions(sequence)
         completion = Completion(
             request_id=request.request_id,

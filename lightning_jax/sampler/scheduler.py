@@ -394,7 +394,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         while sequence.followers:
-            self._send_back(sequence.followers[-1])
+            follower = sequence.followers[-1]
+            self._send_back(follower)
+            if not follower.logprobs:  # it has nothing of what it was admitted for
+                follower.policy_version, follower.cached_tokens = None, 0
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None

@@ -191,11 +191,12 @@ def test_cancelling_the_one_that_others_wait_for_lets_the_next_one_compute(promp
     first, second = sequence("a", list(range(10))), sequence("b", prompt)
     scheduler.add(first)
     scheduler.add(second)
-    scheduler.admit(0)
+    scheduler.admit(policy_version=-1)
     scheduler.finish(first)
     device = Device(scheduler)
     run(device)
     assert len(device.sampled["b"]) == 5
+    assert (second.policy_version, second.cached_tokens) == (0, 0), "as of when it was admitted for good"
     assert second.computed == 10 and scheduler.pool.available == 40
 
 
