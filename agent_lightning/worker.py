@@ -202,7 +202,7 @@ def main() -> int:
     os.set_inheritable(pool.fileno(), False)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a model may write anything
     atexit.register(_end_group, os.getpid())  # registered first, so it runs after all that the agent registers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a pool that ignores Ctrl-C would pass that on
     faulthandler.enable(all_threads=False)

@@ -41,6 +41,8 @@ def set_config(config: Mapping[str, Any]) -> None:
     Raises:
         InvalidConfigError: an unknown key, or a value of the wrong kind; nothing is set then.
     """
+    if not isinstance(config, Mapping):
+        raise InvalidConfigError(f"set_config takes a dictionary, not {config!r}")
     for key, value in config.items():
         if key not in _KEYS:
             close = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.0)[0]

@@ -356,6 +356,11 @@ def test_set_config_says_what_is_wrong_and_sets_nothing(runtime, config, says):
     assert explicit() == {}
 
 
+def test_set_config_takes_a_dictionary(runtime):
+    with pytest.raises(InvalidConfigError, match="set_config takes a dictionary, not None"):
+        runtime.set_config(None)
+
+
 def test_set_config_as_printed(runtime):
     from agent_lightning.runtime.config import explicit
 

@@ -192,12 +192,13 @@ def test_what_agents_print_and_read_leaves_the_protocol_alone(served):
         os.write(1, b"to descriptor 1\n")
         subprocess.run(["echo", "from a child"], check=True)
         print("x" * 300_000)
+        print("half a pair \ud83d")
         return len(sys.stdin.read())
 
     records = served.run(agent, [{"x": x} for x in range(4)], pool={"on_output": lambda *line: printed.append(line)})
     assert [record.reward for record in records] == [0.0] * 4
     text = "".join(text for _, text in printed)
-    for line in ["to stdout 0", "to stdout 3", "to stderr", "to descriptor 1", "from a child"]:
+    for line in ["to stdout 0", "to stdout 3", "to stderr", "to descriptor 1", "from a child", r"half a pair \ud83d"]:
         assert line in text
     assert text.count("x" * 300_000) == 4
     assert {worker_id for worker_id, _ in printed} <= {0, 1}
