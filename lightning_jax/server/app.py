@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from agent_lightning import cli
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
@@ -71,7 +72,8 @@ def create_app(
         app.include_router(part.router, responses=openapi.CLIENT_ERRORS)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_CLOSED_REQUEST))
+    for gone in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(gone, lambda request, error: Response(status_code=_CLOSED_REQUEST))
     app.add_exception_handler(AgentLightningError, lambda request, error: control.error_response(error))
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(Exception, _crash)

@@ -1,5 +1,10 @@
 """The OpenAPI document, and that what it says of errors and base URLs is so."""
 
+import logging
+import socket
+import time
+from urllib.parse import urlsplit
+
 import anthropic
 import httpx
 import openai
@@ -82,6 +87,16 @@ def test_a_body_that_is_too_large(serving):
             yield b"x" * 2**20
 
     assert serving.http.post("/v1/responses", content=pieces()).status_code == 413
+
+
+def test_a_client_that_leaves_in_mid_body_is_no_error(serving, caplog):
+    url = urlsplit(serving.url)
+    with socket.create_connection((url.hostname, url.port)) as client:
+        client.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.2)  # the server has begun to read
+    time.sleep(0.5)
+    assert serving.http.get("/health").status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_model_by_its_name(serving):
