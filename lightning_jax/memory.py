@@ -289,9 +289,12 @@ def plan(settings: ml_collections.ConfigDict) -> Plan:
     """The plan for a configuration; of the model only its config is read.
 
     Raises:
-        InvalidConfigError: as `weights.load_config`.
+        InvalidConfigError: as `weights.load_config` and `Trainable.check`.
     """
-    models = {name: weights.load_config(own.model.path) for name, own in config_models.of_each(settings).items()}
+    models = {}
+    for name, own in config_models.of_each(settings).items():
+        models[name] = weights.load_config(own.model.path)
+        lora.Trainable.of(own.model).check(models[name])
     return Plan(models, settings, estimate_all(models, settings), device_bytes())
 
 

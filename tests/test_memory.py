@@ -255,6 +255,12 @@ def test_what_fits_is_not_spoken_of(on_machine):
     assert plan(TINY, 64, mode="train", agent__script="a.py", data__train_file="b").check() is None
 
 
+def test_a_plan_is_of_settings_that_the_model_can_have(on_machine):
+    on_machine(64)
+    with pytest.raises(InvalidConfigError, match="model.frozen 'wte' finds none"):
+        memory.plan(settings(model__frozen="wte"))
+
+
 def test_serving_that_cannot_fit_is_refused_before_anything_is_allocated(on_machine):
     on_machine(26)
     tight = plan(LLAMA_3B, 26, model__dtype="bfloat16", sampler__kv_cache_tokens=65536)
