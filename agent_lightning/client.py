@@ -107,7 +107,7 @@ class Client:
             agent_func: `(resource, task) -> reward`, also async, or a script as `file.py` or `file.py:function`.
             nworkers: worker processes, each running one rollout at a time; -1 chooses from the number of cores, the
                 server's slots and the rollouts of a batch.
-            epochs: passes over the training tasks.
+            epochs: passes over the training tasks; a server with `runtime.total_steps` makes so many updates instead.
             batch_size: tasks per update; the server runs `algorithm.group_size` rollouts of each.
             data_id: an uploaded dataset; by default this client's last upload.
             checkpoint_dir: a folder on this machine; every checkpoint that the server saves is also downloaded to it
