@@ -159,20 +159,25 @@ def _text_after_reply(tokenizer: Tokenizer, messages: list[dict], tools: list[di
     while any(marker in message["content"] for message in messages):
         marker += "0"
     marked = {"role": "assistant", "content": marker}
-    try:
-        before, found, after = tokenizer.render([*messages[:at], marked, *messages[at + 1 :]], tools).partition(marker)
-        if found and marker not in after:
-            return after
-    except ValueError:
-        pass
+
+    def after_marker(earlier: list[dict]) -> str | None:
+        try:
+            _, found, after = tokenizer.render([*earlier, marked, *messages[at + 1 :]], tools).partition(marker)
+        except ValueError:
+            return None
+        return after if found and marker not in after else None
+
+    after = after_marker(messages[:at])
+    if after is not None:
+        return after
     # Some templates refuse a tool's message when the message before it makes no call. Then the end of the turn comes
     # from the conversation up to the marker, and the rest is what the real messages add to the real reply.
     try:
         turn_end = tokenizer.render([*messages[:at], marked], tools, add_generation_prompt=False).rpartition(marker)[2]
         ended = tokenizer.render(messages[: at + 1], tools, add_generation_prompt=False)
         whole = tokenizer.render(messages, tools)
-    except ValueError:
-        return None
+    except ValueError:  # of earlier calls perhaps: Llama 3's templates refuse two in one reply, as models may make
+        return after_marker([{k: v for k, v in message.items() if k != "tool_calls"} for message in messages[:at]])
     return turn_end + whole.removeprefix(ended) if whole.startswith(ended) else None
 
 
@@ -191,7 +196,8 @@ def _canonical(message: Any, where: str) -> dict:
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in _ROLES:
         raise ValueError(f"{where}.role is {role!r}; known are {', '.join(_ROLES)} and developer")
-    result = {"role": role, "content": _text(message.get("content"), f"{where}.content")}
+    between = "" if role == "assistant" else "\n"  # a reply in parts is the text that was sampled
+    result = {"role": role, "content": _text(message.get("content"), f"{where}.content", between)}
     for key, roles in (("name", _ROLES), ("tool_call_id", ("tool",)), ("reasoning_content", ("assistant",))):
         value = message.get(key)
         if value is not None and role in roles:
@@ -221,7 +227,7 @@ def _canonical_call(call: Any, where: str) -> dict:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any, where: str, between: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
@@ -234,7 +240,7 @@ def _text(content: Any, where: str) -> str:
         if kind not in _TEXT_PARTS:
             raise ValueError(f"{where}[{n}] is of type {kind!r}; this model reads text only")
         texts.append(_checked(part.get("text"), f"{where}[{n}].text"))
-    return "\n".join(texts)
+    return between.join(texts)
 
 
 def _checked(value: Any, where: str) -> str:

@@ -39,6 +39,8 @@ _SPLITS = {
     "tekken": _TEKKEN_SPLIT,
 }
 _NFC_NAMES = ("qwen2", "deepseek-r1-qwen")  # Qwen's tokenizer.json normalizes to NFC
+# llama.cpp puts the beginning of a sequence in front of these where the file does not say whether to.
+_BOS_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _WHOLE_WORD_NAMES = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "tekken")  # a word in the vocabulary is one token
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # `tokenizer.ggml.token_type`
@@ -142,7 +144,8 @@ def build_backend(metadata: dict[str, Any], path: str | Path) -> Backend:
         added = [AddedToken(token, normalized=False, special=special) for token in found]
         backend.add_special_tokens(added) if special else backend.add_tokens(added)
     bos = special_token(metadata, "bos")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", model == "llama"):
+    adds_bos = model == "llama" or metadata.get("tokenizer.ggml.pre") in _BOS_NAMES
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
         # Only for others who load what `Tokenizer.save` wrote; `Tokenizer.encode` never adds special tokens.
         bos_id = metadata["tokenizer.ggml.bos_token_id"]
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Tokenizer:
         pad_id: the padding id, or None. Some models pad with a token that also ends each turn (SmolLM2 does), so a
             mask must never be made by comparing with it.
         chat_template: the Jinja source, or None.
+        tool_template: likewise, of conversations with tools; some models have two.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._folder = folder
-        self._added = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
-        self._special = {
-            index for index, token in self._backend.get_added_tokens_decoder().items() if token.special
-        } | set(hf.all_special_ids)
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {index: token.content for index, token in added.items()}
+        # Listed as special, some tokens are text all the same: "<think>" is, where the vocabulary says so.
+        named = {hf.bos_token_id, hf.eos_token_id, hf.pad_token_id, hf.unk_token_id}
+        self._special = {index for index, token in added.items() if token.special}
+        self._special |= {index for index in hf.all_special_ids if index in named or index not in added}
         self._hidden = {index for index in self._special if self._added.get(index) not in TOOL_MARKERS}
         self._bytes: dict[int, bytes] = {}
         self.name_or_path = name_or_path
@@ -77,7 +80,9 @@ class Tokenizer:
         self.bos_id: int | None = hf.bos_token_id
         self.pad_id: int | None = hf.pad_token_id
         template = hf.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        named_templates = template if isinstance(template, dict) else {"default": template}
+        self.chat_template: str | None = named_templates.get("default")
+        self.tool_template: str | None = named_templates.get("tool_use", self.chat_template)
         ends = [hf.eos_token_id, *eos_ids, self._turn_end_id()]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(index for index in ends if index is not None))
 
@@ -152,7 +157,7 @@ class Tokenizer:
                 f"the tokenizer of {self.name_or_path} has no chat template, so it cannot answer chat messages",
                 hint="use the instruct version of the model, or put a chat_template.jinja beside its tokenizer.json",
             )
-        if not self._template_knows_tools:
+        if not _knows_tools((self.tool_template if tools else None) or self.chat_template):
             messages, tools = without_tool_support(messages, tools), None
         else:
             messages = [
@@ -185,17 +190,6 @@ class Tokenizer:
         for key in ("backend", "is_local", "local_files_only"):
             config.pop(key, None)
         config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    @cached_property
-    def _template_knows_tools(self) -> bool:
-        from jinja2 import nodes
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        try:
-            tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(self.chat_template)
-        except Exception:  # a tag of its own ({% generation %}): then the word decides
-            return "tools" in self.chat_template
-        return any(node.name == "tools" for node in tree.find_all(nodes.Name))
 
     @cached_property
     def _decoder_steps(self) -> list[dict[str, Any]]:
@@ -295,6 +289,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         f"there is no model at {name}",
         hint="model.path is a Hugging Face model folder on this machine, a .gguf file, or builtin:tiny",
     )
+
+
+@cache
+def _knows_tools(template: str) -> bool:
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except Exception:  # a tag of its own ({% generation %}): then the word decides
+        return "tools" in template
+    return any(node.name == "tools" for node in tree.find_all(nodes.Name))
 
 
 def _load_folder(folder: Path, name: str) -> Tokenizer:

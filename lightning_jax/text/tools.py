@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 def family_of(tokenizer: Tokenizer) -> Family:
     """How this model writes tool calls, judged by its chat template."""
-    template = tokenizer.chat_template or ""
+    template = tokenizer.tool_template or ""
     if "<tool_call>" in template:
         return "hermes"
     if "[TOOL_CALLS]" in template:
@@ -348,10 +348,10 @@ def _as_call(value: Any) -> tuple[str, str] | None:
         arguments = _load(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    written = json.dumps(arguments, ensure_ascii=False)
     try:
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         (name + written).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which no reply could carry
+    except (ValueError, RecursionError):  # no reply could carry 1e999, nor half of a surrogate pair
         return None
     return name, written
 

@@ -121,6 +121,26 @@ def test_text_after_a_tool_call_is_what_the_template_writes(tokenizers):
         assert prompt.parent == 0 and tokenizer.decode(new) == expected.replace("ID", call_id)
 
 
+def test_two_calls_in_one_reply_where_the_template_knows_one(tokenizers):
+    """Llama 3's templates refuse such a message wherever it stands; the model may have written it all the same."""
+    llama3, call_text = tokenizers["llama3"], '{"name": "add", "parameters": {}}'
+    messages, calls = [user("1+2?")], []
+    for turn, text in enumerate([f"{call_text}; {call_text}", "3 and 3", call_text, "3"]):
+        calls.append(sample(llama3, messages, [*llama3.encode(text), turn_end(llama3)], TOOLS, calls, str(turn)))
+        made = calls[-1].reply.get("tool_calls", [])
+        answers = [{"role": "tool", "tool_call_id": one["id"], "content": f"result {turn}"} for one in made]
+        messages = [*messages, calls[-1].reply, *(answers or [user(f"go on {turn}")])]
+        assert len(made) == [2, 0, 1, 0][turn]
+    for turn in range(1, 4):
+        recorded = [*calls[turn - 1].prompt_ids, *calls[turn - 1].sampled_ids]
+        assert list(calls[turn].prompt_ids[: len(recorded)]) == recorded
+        said = f"go on {turn - 1}" if turn == 2 else f"result {turn - 1}"
+        role, times = ("user", 1) if turn == 2 else ("ipython", 2 if turn == 1 else 1)
+        one = f"<|start_header_id|>{role}<|end_header_id|>\n\n{said}<|eot_id|>"
+        expected = one * times + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        assert llama3.decode(calls[turn].prompt_ids[len(recorded) :]) == expected
+
+
 def test_a_truncated_reply_gets_its_turn_end_as_observation(tokenizer):
     first = sample(tokenizer, [user("Tell me")], tokenizer.encode("Once upon a"))
     prompt = build_prompt(tokenizer, canonical_messages([user("Tell me"), first.reply, user("More")]), None, [first])
@@ -218,6 +238,15 @@ def test_a_reply_is_written_on(tokenizers):
         )
     with pytest.raises(ValueError, match="last message"):
         build_continuation(tokenizers["tiny"], canonical_messages([user("a")]), None, [])
+
+
+def test_a_reply_in_parts_is_the_text_that_was_sampled(tokenizers):
+    """As LangChain sends back what it has streamed from the Responses API."""
+    chatml = tokenizers["chatml"]
+    first = sample(chatml, [user("Tell me")], [*chatml.encode("one and two"), turn_end(chatml)])
+    parts = [{"type": "text", "text": text} for text in ("one ", "and two")]
+    messages = canonical_messages([user("Tell me"), {"role": "assistant", "content": parts}, user("More")])
+    assert build_prompt(chatml, messages, None, [first]).parent == 0
 
 
 def test_an_agents_spelling_of_the_reply_still_matches(tokenizers):

@@ -279,6 +279,21 @@ def test_saved_sentencepiece_folder_adds_bos_for_others(sentencepiece_pair, tmp_
     assert AutoTokenizer.from_pretrained(tmp_path).encode("hello there") == [1, *tokenizer.encode("hello there")]
 
 
+@pytest.mark.parametrize(
+    "pre, said, adds", [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False)]
+)
+def test_byte_level_vocabularies_that_add_bos_where_the_file_does_not_say(
+    tmp_path, byte_level_vocabulary, pre, said, adds
+):
+    """llama.cpp's defaults (`llama_vocab::impl::load`): Llama 3's texts begin with it, Qwen's do not."""
+    tokens, types, merges = byte_level_vocabulary
+    bos = types.index(3)
+    more = [("add_bos_token_id", bos)] + ([] if said is None else [("add_add_bos_token", said)])
+    path = write_gguf(tmp_path / "m.gguf", "gpt2", tokens, pre=pre, merges=merges, types=types, more=more)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.encode_beginning("hi")[0] == bos) == adds
+
+
 def test_unknown_pre_tokenizer(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "gpt2", ["a"], pre="tomorrow")
     with pytest.raises(InvalidConfigError, match="'tomorrow'.*smollm"):

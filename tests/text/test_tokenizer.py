@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax.text import StreamDecoder, load_tokenizer
 from lightning_jax.text.plain import build_plain_prompt
+from lightning_jax.text.tools import family_of
 
 SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = [
@@ -129,6 +130,45 @@ def test_skip_special_keeps_tool_markers(tokenizers):
     mistral = tokenizers["mistral"]  # where the marker is flagged special
     assert mistral.decode(mistral.encode("[TOOL_CALLS][]</s>"), skip_special=True) == "[TOOL_CALLS][]"
     assert mistral.decode(mistral.encode("hi</s>")) == "hi</s>"
+
+
+def test_what_is_listed_as_special_and_is_text_in_the_vocabulary_is_shown(chatml_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    load_tokenizer(chatml_folder).save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    think = max(token["id"] for token in saved["added_tokens"]) + 1
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    saved["added_tokens"].append({"id": think, "content": "<think>"} | flags)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    listed = {"additional_special_tokens": ["<think>", "<|im_start|>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | listed))
+    tokenizer, text = load_tokenizer(tmp_path), "<|im_start|><think>so<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert think in ids and tokenizer.decode(ids, skip_special=True) == "<think>so"
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert "<think>" in hf.all_special_tokens and hf.decode(ids, skip_special_tokens=True) == "<think>so"
+
+
+def test_a_template_of_its_own_for_tools(chatml_folder, llama3_folder, tmp_path):
+    """Where there are two, transformers renders conversations with tools with that of the name "tool_use"."""
+    from transformers import AutoTokenizer
+
+    load_tokenizer(chatml_folder).save(tmp_path)
+    with_tools = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    plain = "{% for message in messages %}{{ '<|im_start|>' + message.role + message.content }}{% endfor %}"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": plain}, {"name": "tool_use", "template": with_tools}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, hf = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "1+2?"}]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    for offered in (None, tools):
+        expected = hf.apply_chat_template(messages, tools=offered, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.render(messages, offered) == expected
+    assert "You may call" in expected and family_of(tokenizer) == "hermes"
 
 
 def test_ids_outside_the_vocabulary_decode_to_nothing(tokenizer):
