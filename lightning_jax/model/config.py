@@ -166,6 +166,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    longest = hf["max_position_embeddings"]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -176,16 +177,18 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             float(rope["factor"]),
             float(rope["low_freq_factor"]),
             float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+            int(hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest),
         )
     raise InvalidConfigError(f"rope scaling {kind!r} is not supported", hint="supported: default, linear, llama3")
 
 
 def _sliding_window(hf: dict[str, Any]) -> int | None:
     """The window that all layers share."""
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", hf["model_type"] == "mistral") else None
-    if window is None or hf["model_type"] == "mistral":
-        return window
+    if hf["model_type"] == "mistral":
+        return hf.get("sliding_window")
+    window = hf.get("sliding_window")
+    if window is None or hf["model_type"] == "llama" or not hf.get("use_sliding_window"):
+        return None
     full_layers = min(hf.get("max_window_layers", 28), hf["num_hidden_layers"])
     sliding = [kind == "sliding_attention" for kind in hf.get("layer_types") or ()]
     sliding = sliding or [layer >= full_layers for layer in range(hf["num_hidden_layers"])]

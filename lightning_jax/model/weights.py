@@ -4,6 +4,7 @@ Either kind of file becomes a table of Hugging Face tensor names, each with a fu
 stacks the layers, one parameter at a time, so that the host never holds the model twice.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -122,6 +123,8 @@ def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         raise InvalidConfigError(f"model {str(path)!r}: {error}") from error
     except (ValueError, safetensors.SafetensorError) as error:  # not the format that its name says
         raise InvalidConfigError(f"model {str(path)!r} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:  # a config that makes no sense
+        raise InvalidConfigError(f"model {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _assemble(
@@ -195,7 +198,12 @@ def _open_folder(folder: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         handle = safetensors.safe_open(file, framework="numpy")
         names = handle.keys()
         tensors |= {name: functools.partial(handle.get_tensor, name) for name in names}
-    return LlamaConfig.from_hf(hf), tensors
+    config = LlamaConfig.from_hf(hf)
+    embed, unembed = (tensors.get(TOP_NAMES[name]) for name in ("embed_vd", "unembed_dv"))
+    if config.tie_embeddings and embed is not None and unembed is not None:
+        # The output matrix was trained on its own, whatever the config says; transformers does not tie them either.
+        config = dataclasses.replace(config, tie_embeddings=np.array_equal(embed(), unembed()))
+    return config, tensors
 
 
 def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:

@@ -143,6 +143,38 @@ def test_asked_dtype():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_an_output_matrix_of_its_own_is_not_tied_whatever_the_config_says(tmp_path):
+    folder = shutil.copytree(GOLDENS / "llama2", tmp_path / "model")
+    _, params = weights.load_model(folder)
+    change_config(folder, tie_word_embeddings=True)
+    config, again = weights.load_model(folder)
+    assert not config.tie_embeddings and not weights.load_config(folder).tie_embeddings
+    np.testing.assert_array_equal(again["unembed_dv"], params["unembed_dv"])
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    config, again = weights.load_model(folder)
+    assert config.tie_embeddings and "unembed_dv" not in again
+
+
+def test_windows_that_a_family_ignores():
+    """transformers' Mistral always has its window, and its Llama none, whatever `use_sliding_window` says."""
+    llama = json.loads((GOLDENS / "llama2" / "config.json").read_text())
+    window = {"sliding_window": 7, "max_window_layers": 0}
+    assert LlamaConfig.from_hf(llama | window | {"use_sliding_window": True}).sliding_window is None
+    mistral = llama | window | {"model_type": "mistral", "use_sliding_window": False}
+    assert LlamaConfig.from_hf(mistral).sliding_window == 7
+
+
+@pytest.mark.parametrize("inside, beside, expected", [(64, None, 64), (64, 32, 32), (None, 32, 32), (None, None, 512)])
+def test_where_the_length_before_scaling_is_found(inside, beside, expected):
+    """transformers 5 (`RotaryEmbeddingConfigMixin.standardize_rope_params`): beside the scaling goes before inside."""
+    hf = json.loads((GOLDENS / "llama2" / "config.json").read_text()) | {"max_position_embeddings": 512}
+    hf.pop("rope_parameters", None)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    hf |= {"rope_scaling": scaling | ({} if inside is None else {"original_max_position_embeddings": inside})}
+    hf |= {} if beside is None else {"original_max_position_embeddings": beside}
+    assert LlamaConfig.from_hf(hf).rope_scaling.original_max_position_embeddings == expected
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +209,9 @@ BROKEN = {
     "attention_bias=True": lambda f: change_config(f, attention_bias=True),
     "rope scaling 'yarn'": lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 2}),
     f"lacks {NORM}": lambda f: change_tensors(f, lambda tensors: tensors.pop(NORM)),
+    "cannot be read: KeyError: 'factor'": lambda f: change_config(f, rope_parameters={"rope_type": "linear"}),
+    "cannot be read: ZeroDivisionError": lambda f: change_config(f, num_attention_heads=0, head_dim=None),
+    "cannot be read: AttributeError": lambda f: (f / "config.json").write_text("[]"),
     "does not explain: model.layers.0.moe": lambda f: change_tensors(
         f, lambda tensors: tensors.update({"model.layers.0.moe": np.ones(3, np.float32)})
     ),
