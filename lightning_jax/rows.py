@@ -48,9 +48,9 @@ def of_step(
     return rows, return_n, group_n
 
 
-def informative_groups(records: Sequence[RolloutRecord], config: ml_collections.ConfigDict) -> int:
-    """How many groups `algorithm.filter_groups` leaves."""
-    _, return_n, group_n = of_step(records, config, [], 0)
+def informative_groups(records: Sequence[RolloutRecord], config: ml_collections.ConfigDict, step: int) -> int:
+    """How many groups `algorithm.filter_groups` leaves of a step's rollouts."""
+    _, return_n, group_n = of_step(records, config, [], step)
     return len(np.unique(group_n[np.isfinite(return_n)]))
 
 

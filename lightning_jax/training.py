@@ -176,7 +176,9 @@ class _Run:
             self._ahead.extend(_Batch(tasks.items(indices)) for indices in saved.get("ahead", []))
             self.store.discard_after(self.job_id, self.policies.step)
             writer.truncate_after(self.policies.step)
+            self._mark_best()  # the job may have been killed before it did
         else:
+            checkpoint.unmark_best(self.policies.checkpoint_dir)
             self.store.discard_after(self.job_id, -1)  # also the evaluation that the job began with
             writer.truncate_after(self.policies.step or -1)
 
@@ -266,7 +268,7 @@ class _Run:
         tasks, wanted = batch.tasks, len(batch.tasks)
         records = self._ended(step, batch.rollout_ids, "train")
         for _ in range(self.config.algorithm.max_gen_batches - 1):
-            missing = wanted - rows.informative_groups(records, self.config)
+            missing = wanted - rows.informative_groups(records, self.config, step)
             more = more_tasks.replacements(missing, tasks) if missing > 0 else []
             if not more:
                 break

@@ -110,7 +110,8 @@ def prepare(settings: AlgorithmSettings, step: Step) -> tuple[list[Row], np.ndar
     rows = list(step.rows)
     if rows and (settings.kl_in_reward or settings.importance_correction != "none"):
         scores = step.score(rows)
-        rows = [_scored(settings, row, score) for row, score in zip(rows, scores, strict=True)]
+        kls = _kls(scores, settings.kl_estimator) if settings.kl_in_reward else [None] * len(rows)
+        rows = [_scored(settings, *of_row) for of_row in zip(rows, scores, kls, strict=True)]
     return_n = np.array(step.return_n, np.float64)
     for row, given in zip(rows, step.rows, strict=True):  # KL in the reward is a part of the return
         if settings.kl_in_reward:
@@ -118,11 +119,18 @@ def prepare(settings: AlgorithmSettings, step: Step) -> tuple[list[Row], np.ndar
     return _ALGORITHMS[settings.name](settings, dataclasses.replace(step, rows=rows, return_n=return_n))
 
 
-def _scored(settings: AlgorithmSettings, row: Row, score: Scores) -> Row:
+def _kls(scores: Sequence[Scores], estimator: str) -> list[np.ndarray]:
+    """[T] float32 of each row, of all rows at once and at a power of two tokens: JAX compiles for each new shape."""
+    ends = np.cumsum([len(score.logprob) for score in scores])
+    both = np.zeros((2, 1 << int(ends[-1] - 1).bit_length()), np.float32)
+    both[:, : ends[-1]] = np.concatenate([[score.logprob, score.reference_logprob] for score in scores], axis=1)
+    return np.split(np.asarray(losses.kl_divergence(*both, estimator)), ends)[: len(scores)]
+
+
+def _scored(settings: AlgorithmSettings, row: Row, score: Scores, kl: np.ndarray | None) -> Row:
     """A row with the policy's log-probs and what follows from them."""
     changes: dict[str, np.ndarray] = {"old_logprob": score.logprob}
     if settings.kl_in_reward:
-        kl = np.asarray(losses.kl_divergence(score.logprob, score.reference_logprob, settings.kl_estimator))
         changes["kl"] = np.where(row.loss_mask, kl, 0.0)
         changes["reward"] = np.where(row.loss_mask, row.reward - settings.kl_coef * kl, 0.0)
     if settings.importance_correction != "none":

@@ -98,6 +98,13 @@ def mark_best(path: Path) -> None:
     _point("best", path)
 
 
+def unmark_best(folder: str | os.PathLike) -> None:
+    """Takes `best` away: what a new job finds there is another's."""
+    link = Path(folder, "best")
+    if link.is_symlink():
+        link.unlink(missing_ok=True)
+
+
 def resolve(folder: str | os.PathLike, name: str) -> Path:
     """The checkpoint that a user means.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_jax.rl import advantages, algorithms, credit, losses, mismatch, packing
-from lightning_jax.rl.learner import Learner, LearnerSettings
+from lightning_jax.rl.learner import Learner, LearnerSettings, Scores
 from lightning_jax.rl.trajectory import TokenCall, build_rows
 
 SETTINGS = LearnerSettings(
@@ -127,6 +127,28 @@ def test_kl_in_the_reward_is_in_the_returns_of_grpo(config, params, rows):
     np.testing.assert_allclose(advantage_n, expected, rtol=1e-4, atol=1e-5)
     tokens = sum(row.loss_mask.sum() for row in rows)
     assert learner.update(made, advantage_n)["policy/kl"] == pytest.approx(kl_n.sum() / tokens, rel=1e-5)
+
+
+def test_kl_in_the_reward_is_computed_at_few_shapes(monkeypatch):
+    """JAX compiles it for each; rows have all lengths."""
+    rng, estimate, shapes = np.random.default_rng(0), losses.kl_divergence, []
+
+    def watched(logprob, reference_logprob, estimator):
+        shapes.append(logprob.shape)
+        return estimate(logprob, reference_logprob, estimator)
+
+    monkeypatch.setattr(losses, "kl_divergence", watched)
+    for lengths in [(3, 8, 1, 30), (17, 2, 25)]:
+        calls = [TokenCall(0, None, [1], [2] * n, [-1.0] * n) for n in lengths]
+        rows = [row for i, one in enumerate(calls) for row in build_rows([one], i)]
+        scores = [Scores(*rng.normal(-1, 0.3, (2, len(row))).astype(np.float32)) for row in rows]
+        settings = algorithms.AlgorithmSettings(kl_in_reward=True, kl_coef=0.1, kl_estimator="k3")
+        step = algorithms.Step(rows, np.zeros(len(rows)), np.zeros(len(rows), int), lambda rows, s=scores: s, None)
+        for row, score in zip(algorithms.prepare(settings, step)[0], scores, strict=True):
+            d = score.logprob - score.reference_logprob
+            np.testing.assert_allclose(row.kl, np.where(row.loss_mask, np.exp(-d) + d - 1, 0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(row.reward, -0.1 * row.kl, rtol=1e-6)
+    assert shapes == [(64,), (64,)]
 
 
 def test_shares_are_packed_beside_their_tokens(rows):

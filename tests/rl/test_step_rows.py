@@ -33,9 +33,21 @@ def test_zero_variance_groups_are_left_out_and_counted():
     made, return_n, group_n = rows.of_step(records, settings(filter_groups=True), ["m"], 1)
     np.testing.assert_array_equal(return_n, [np.nan, np.nan, 0, 1, np.nan, np.nan])
     assert [row.rollout_index for row in made["m"]] == [2, 3] and group_n.tolist() == [0, 0, 1, 1, 2, 2]
-    assert rows.informative_groups(records, settings(filter_groups=True)) == 1
+    assert rows.informative_groups(records, settings(filter_groups=True), 1) == 1
     made, _, _ = rows.of_step(records, settings(), ["m"], 1)
     assert [row.rollout_index for row in made["m"]] == [0, 1, 2, 3]
+
+
+def test_the_groups_that_are_counted_are_those_that_are_learned_from():
+    """Also where chance deals out the rewards: for each step anew."""
+    records = [rollout(group, float(sample)) for group in range(8) for sample in range(2)]
+    chance = settings(filter_groups=True, shuffle_rewards=True)
+    counts = set()
+    for step in range(6):
+        _, return_n, group_n = rows.of_step(records, chance, ["m"], step)
+        counts.add(rows.informative_groups(records, chance, step))
+        assert rows.informative_groups(records, chance, step) == len(set(group_n[np.isfinite(return_n)]))
+    assert len(counts) > 1
 
 
 def test_truncated_calls_are_context_and_their_rollouts_count():

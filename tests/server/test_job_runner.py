@@ -9,7 +9,8 @@ import time
 import httpx
 import pytest
 
-from lightning_jax import server
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import server, training
 from lightning_jax.metric_names import METRICS
 from lightning_jax.metrics import read_metrics
 from lightning_jax.policies import Policies
@@ -320,6 +321,51 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
     assert (result["eval_reward_before"], result["eval_reward_after"], result["test_steps"]) == (0.5, 0.75, [0, 2])
     rows = read_metrics(config.workdir)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["eval/reward"] == 0.75 and "policy/loss" in rows[2]
+    runner.close()
+    policies.close()
+
+
+def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config, store, monkeypatch):
+    """The server ends between its save and its mark; later comes a job without held-out tasks."""
+    config.runtime.max_to_keep, ending = 1, []
+    held_out, mark_best = {0: 0.1, 2: 0.9, 4: 0.3}, training._Run._mark_best
+
+    def reward(lease):
+        metadata = lease["metadata"]
+        return held_out[metadata["step"]] if metadata["mode"] == "evaluate" else random.random()
+
+    def killed_at_two(run):
+        if run.saved_step == 2 and not ending:
+            ending.append(threading.Thread(target=runner.close))
+            ending[0].start()
+            wait_for(lambda: runner._stops["train"].now)
+            raise training.Stopped
+        mark_best(run)
+
+    monkeypatch.setattr(training._Run, "_mark_best", killed_at_two)
+    spec = {"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": 2}
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    runner.submit(spec, "train")
+    with Pool(store, "train", reward):
+        wait_for(lambda: ending)
+        ending[0].join()
+    policies.close()
+
+    policies = Policies(config)
+    assert policies.step == 2
+    runner = JobRunner(policies, store, config)
+    with Pool(store, "train", reward):
+        wait_for(lambda: status(store, "train") == "succeeded")
+    best = policies.find_checkpoint("best")
+    assert best.name == "step-2" and store.job("train")["result"]["best_checkpoint"] == str(best)
+
+    store.put_dataset("untested", "train", TASKS)
+    job = runner.submit({"kind": "train", "data_id": "untested", "total_steps": 1, "batch_size": 2})
+    with Pool(store, job):
+        wait_for(lambda: status(store, job) == "succeeded")
+    with pytest.raises(InvalidConfigError, match="the best is known once held-out tasks"):
+        policies.find_checkpoint("best")
     runner.close()
     policies.close()
 
