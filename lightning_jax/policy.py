@@ -154,9 +154,19 @@ class Policy:
         """What a step made of the prefix cache and of the devices; `before` are the sampler's metrics at its start."""
         spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
         devices = 1 if self._mesh is None else self._mesh.size
-        reference, adapters = self._settings.algorithm.kl_coef > 0, self.trainable.lora_rank > 0
-        share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices, reference, adapters)
-        return utilization.cache_metrics(spent) | share.metrics(spent, trained_tokens, sample_s, train_s)
+        learner, algorithm = self._learner.settings, algorithms.settings_of(self._settings)
+        is_scored = algorithm.kl_in_reward or algorithm.importance_correction != "none"
+        flops = utilization.update_flops(
+            self.config,
+            trained_tokens,
+            has_reference=learner.kl_coef > 0 and not algorithm.kl_in_reward,
+            only_adapters=self.trainable.lora_rank > 0,
+            epochs=learner.epochs,
+            has_critic=learner.critic == "copy",
+            forwards=is_scored * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
+        )
+        share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices)
+        return utilization.cache_metrics(spent) | share.metrics(spent, flops, sample_s, train_s)
 
     def read_weights(self, path: pathlib.Path | None, dtype: np.dtype, item: str | None = None) -> llama.Params:
         """A checkpoint's parameters as NumPy arrays of `dtype`, in the master form; None reads the model itself.

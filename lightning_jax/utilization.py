@@ -50,13 +50,25 @@ def num_params(config: LlamaConfig) -> int:
     return sum(sizes) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
 
 
-def update_flops(config: LlamaConfig, tokens: int, *, has_reference: bool, only_adapters: bool) -> float:
+def update_flops(
+    config: LlamaConfig,
+    tokens: int,
+    *,
+    has_reference: bool,
+    only_adapters: bool,
+    epochs: int = 1,
+    has_critic: bool = False,
+    forwards: int = 0,
+) -> float:
     """Of an update over `tokens`: 2 a parameter forward, 2 for activations backward, 2 for the weights that learn.
 
-    2 more with a reference. What is computed anew (`runtime.remat`) is no progress and does not count; attention's own
-    products are left out too (arXiv:2204.02311, appendix B, without its last term).
+    As often again for a critic that is a copy, 2 more for a reference in the loss, all of it `epochs` times; and 2 for
+    each of `forwards`, which say something of the tokens before. What is computed anew (`runtime.remat`) is no progress
+    and does not count; attention's own products are left out too (arXiv:2204.02311, appendix B, without its last term).
     """
-    return (4 + 2 * (not only_adapters) + 2 * has_reference) * num_params(config) * tokens
+    learning = 4 + 2 * (not only_adapters)
+    epoch = learning * (1 + has_critic) + 2 * has_reference
+    return (epochs * epoch + 2 * forwards) * num_params(config) * tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,31 +78,23 @@ class DeviceShare:
     Attributes:
         itemsize: bytes of a parameter in the sampler.
         num_devices: over which it is spread.
-        has_reference, only_adapters: see `update_flops`.
     """
 
     config: LlamaConfig
     itemsize: int
     num_devices: int
-    has_reference: bool
-    only_adapters: bool
 
-    def metrics(
-        self, spent: Mapping[str, float], trained_tokens: int, sample_s: float, train_s: float
-    ) -> dict[str, float]:
+    def metrics(self, spent: Mapping[str, float], flops: float, sample_s: float, train_s: float) -> dict[str, float]:
         """Shares of arithmetic and bandwidth; nothing for a device whose limits are not known.
 
         Args:
             spent: by how much the sampler's counters rose in the step.
-            trained_tokens: tokens of the update.
+            flops: of the update, see `update_flops`.
             sample_s, train_s: seconds that sampling and the update took.
         """
         if (known := limits()) is None:
             return {}
         flops_per_s, bytes_per_s = (limit * self.num_devices for limit in known)
-        flops = update_flops(
-            self.config, trained_tokens, has_reference=self.has_reference, only_adapters=self.only_adapters
-        )
         read_bytes = spent["sampler/decode_steps"] * num_params(self.config) * self.itemsize
         return {
             "train/mfu": flops / (train_s * flops_per_s),

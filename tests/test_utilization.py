@@ -41,13 +41,16 @@ def test_an_update_is_six_operations_a_parameter_and_token_and_less_with_adapter
     size = utilization.num_params(tiny)
     assert utilization.update_flops(tiny, 10, has_reference=False, only_adapters=False) == 60 * size
     assert utilization.update_flops(tiny, 10, has_reference=True, only_adapters=True) == 60 * size
+    passes = {"epochs": 4, "has_critic": True, "forwards": 3}  # PPO: scored with a reference, and the critic's values
+    assert utilization.update_flops(tiny, 10, has_reference=False, only_adapters=False, **passes) == 540 * size
 
 
 def test_shares_are_of_all_devices_and_of_the_steps_own_time(monkeypatch):
     """A 3B model on two H100s: 1.8e6 tokens in 10 s of 2 x 989 TFLOP/s, 1000 decode steps in 5 s of 6.7 TB/s."""
     monkeypatch.setattr(utilization, "limits", lambda: utilization.LIMITS["nvidia h100 80gb hbm3"])
-    share = utilization.DeviceShare(shapes.SHAPES["llama3.2-3b"], 2, 2, has_reference=False, only_adapters=False)
-    found = share.metrics({"sampler/decode_steps": 1000}, 1_800_000, 5.0, 10.0)
+    config = shapes.SHAPES["llama3.2-3b"]
+    flops = utilization.update_flops(config, 1_800_000, has_reference=False, only_adapters=False)
+    found = utilization.DeviceShare(config, 2, 2).metrics({"sampler/decode_steps": 1000}, flops, 5.0, 10.0)
     assert found["train/mfu"] == pytest.approx(6 * 3.2127e9 * 1.8e6 / (10 * 2 * 989e12), rel=1e-3)
     assert found["sampler/bandwidth_fraction"] == pytest.approx(1000 * 2 * 3.2127e9 / (5 * 2 * 3350e9), rel=1e-3)
 
