@@ -67,8 +67,7 @@ class Database:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._urgent = threading.Event()
         self._error: Exception | None = None
-        self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[sqlite3.Connection] = []  # those that nobody reads through now
         try:
             self._connection = self._open()
         except sqlite3.Error as error:
@@ -101,13 +100,15 @@ class Database:
         return connection
 
     def read(self, sql: str, parameters: Sequence = ()) -> list[tuple]:
-        """Rows as last committed; each thread reads through a connection of its own."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
+        """Rows as last committed; as many connections are open as threads have read at once."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
             connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._local.connection = connection
+        try:
+            return connection.execute(sql, parameters).fetchall()
+        finally:
             self._readers.append(connection)
-        return connection.execute(sql, parameters).fetchall()
 
     def newest_id(self, table: str) -> int:
         """The largest id ever given in a table whose ids count up, rows deleted since included; 0 before the first."""

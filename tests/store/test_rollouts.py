@@ -1,6 +1,7 @@
 """Rollouts under leases: nothing is lost, nothing counts twice, and a killed process leaves a store that opens."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -382,3 +383,18 @@ def test_a_killed_process_leaves_a_prefix_of_what_happened(tmp_path):
         assert store._database.read("PRAGMA integrity_check") == [("ok",)]
         assert store._database.read("SELECT count(*) FROM rollouts WHERE status = 'open'") == [(0,)]
         store.close()
+
+
+def test_threads_that_have_read_leave_nothing_open(store, job):
+    descriptors = pathlib.Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("the process's open files are seen on Linux alone")
+    count = lambda: len(list(descriptors.iterdir()))  # noqa: E731
+    store.add_event(job, "step", 1, {})
+    assert store.events(job)
+    before = count()
+    for _ in range(20):
+        reader = threading.Thread(target=store.events, args=(job,))
+        reader.start()
+        reader.join()
+    assert count() == before
