@@ -349,7 +349,7 @@ async def exchange(request: Request, job_id: str, body: ExchangeBody) -> Respons
 
 
 async def _until(request: Request, wait_s: float, condition: Callable[[], bool]) -> bool:
-    """Waits up to `wait_s` for the condition, which is looked at after every change of the store."""
+    """Waits up to `wait_s` for the condition, which is looked at after every change of the store; not for nobody."""
     pulse: Pulse = request.app.state.pulse
     loop = asyncio.get_running_loop()
     deadline = loop.time() + min(wait_s, _LONGEST_WAIT_S)
@@ -361,6 +361,8 @@ async def _until(request: Request, wait_s: float, condition: Callable[[], bool])
         if left <= 0 or request.app.state.closing():
             return False
         await pulse.wait(count, min(left, 1.0))
+        if await request.is_disconnected():  # whatever it were given would be lost
+            return False
 
 
 def _ended(store: Store, job_id: str) -> bool:

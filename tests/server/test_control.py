@@ -106,6 +106,17 @@ def _entry():
     return RolloutEntry("t", 0, 0, 0, {"question": "?"})
 
 
+def test_nothing_is_leased_to_a_pool_that_has_hung_up(serving):
+    job = serving.store.create_job({"kind": "train"})
+    body = {"pool_id": "p", "results": [], "running": [], "want": 1, "wait_s": 20}
+    with pytest.raises(httpx.ReadTimeout):
+        serving.http.post(f"/api/jobs/{job}/exchange", json=body, timeout=0.3)
+    serving.store.open_rollouts(job, step=1, mode="train", entries=[_entry()], timeout_s=60)
+    reply = serving.http.post(f"/api/jobs/{job}/exchange", json=body).json()
+    assert [lease["attempt"] for lease in reply["leases"]] == [1]
+    serving.store.cancel_open(job)
+
+
 def test_a_port_in_use_is_said_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InvalidConfigError, match="in use"):
