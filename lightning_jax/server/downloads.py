@@ -179,12 +179,15 @@ class Exports:
 
     @staticmethod
     def _make_model(item: Export, policy: Policy, params: llama.Params, dtype: np.dtype) -> None:
+        # It is to end its replies where the sampler did: of a base model only the chat template knows that.
+        eos_ids = tuple(dict.fromkeys((*policy.config.eos_ids, *policy.tokenizer.eos_ids)))
+        config = dataclasses.replace(policy.config, eos_ids=eos_ids)
         if item.format == "safetensors":
-            export.save_safetensors(item.folder, policy.config, params, dtype)
+            export.save_safetensors(item.folder, config, params, dtype)
         elif item.format == "huggingface":
-            export.save_hf(item.folder, policy.config, params, dtype)
+            export.save_hf(item.folder, config, params, dtype)
         else:
-            onnx_export.save_onnx(item.folder, policy.config, params)
+            onnx_export.save_onnx(item.folder, config, params)
         if item.format != "safetensors":
             policy.tokenizer.save(item.folder)
 

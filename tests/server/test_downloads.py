@@ -76,6 +76,8 @@ def test_huggingface_is_the_policy(trained, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert tokenizer(text, add_special_tokens=False).input_ids == trained.policy.tokenizer.encode(text)
     assert tokenizer.chat_template == trained.policy.tokenizer.chat_template
+    ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    assert set(ends if isinstance(ends, list) else [ends]) == set(trained.policy.tokenizer.eos_ids)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
