@@ -49,7 +49,8 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token that the reply already has.
         frequency_penalty: subtracted from a token's logit once for each time that the reply already has it.
         repetition_penalty: the logits of tokens in prompt and reply are divided by it where they are positive and
-            multiplied with it where they are negative (arXiv:1909.05858); 1 changes nothing.
+            multiplied with it where they are negative (arXiv:1909.05858); 1 changes nothing, and it is between 0.01 and
+            100.
         logit_bias: (token id, what is added to its logit) pairs.
         min_tokens: the ids that end the reply have no probability before it is this long.
         top_logprobs: how many of the likeliest tokens are reported for each sampled one, at most 20.
@@ -96,8 +97,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise ValueError(f"{name} must be between -2 and 2, not {getattr(self, name)}")
-        if not (self.repetition_penalty > 0.0 and np.isfinite(self.repetition_penalty)):
-            raise ValueError(f"repetition_penalty must be a finite number above 0, not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            raise ValueError(f"repetition_penalty must be between 0.01 and 100, not {self.repetition_penalty}")
         if not all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias):
             raise ValueError("a logit_bias must be between -100 and 100")
         if self.min_tokens < 0:

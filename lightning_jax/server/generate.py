@@ -76,7 +76,8 @@ class Generator:
         # One prompt in two roles is two prompts, or which call came first would decide about their noise.
         key = b"" if self._role == "1" else self._role.encode()
         digest = hashlib.blake2b(array.array("i", prompt.ids).tobytes(), digest_size=16, key=key).digest()
-        taken = attempt.prompts.setdefault(digest, set()) if attempt else set()
+        counts = attempt is not None and not _has_own_seed(request, attempt)
+        taken = attempt.prompts.setdefault(digest, set()) if counts else set()
         occurrence = next(number for number in itertools.count() if number not in taken)
         name = (*self._noise_name(request, attempt), digest.hex(), occurrence)
         sampling = self._sampling(request, attempt, room, grammar)
@@ -225,10 +226,14 @@ class Generator:
         """What the noise depends on beside the prompt, by which a call is told from its rollout's others."""
         if attempt is None:
             return ("root", secrets.randbits(63) if request.seed is None else request.seed)
-        agents_seed = attempt.mode != "train" and request.seed is not None
-        seed = request.seed if agents_seed else attempt.seed
+        seed = request.seed if _has_own_seed(request, attempt) else attempt.seed
         entry = attempt.entry
         return (attempt.mode, seed, attempt.step, entry.task_index, entry.sample)
+
+
+def _has_own_seed(request: GenerateRequest, attempt: Attempt) -> bool:
+    """Whether the agent's seed holds: then the same prompt is the same sample, however often it is asked for."""
+    return attempt.mode != "train" and request.seed is not None
 
 
 def _has_strict_calls(request: GenerateRequest) -> bool:

@@ -37,11 +37,13 @@ class ReplyText:
         self.content = ""
         self.num_text_tokens = 0
         self.stop_string: str | None = None
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, skip_special=True, continues=continues)
         self._end_ids = end_ids
         self._stop = stop
         self._parser = parser
         self._end: list[int] = []  # an end-of-turn id that may be the last id
+        self._newest: Sequence[int] = ()  # the last id that is text
         self._held = ""  # text that may be the beginning of a stop string
 
     @property
@@ -57,10 +59,14 @@ class ReplyText:
     def finish(self, finish_reason: str) -> tuple[str, list[tools.CallPiece]]:
         """Returns what is left when the sample is over."""
         text = "" if finish_reason == "stop" else self._decode(self._end)
-        return self._show(text + self._decoder.flush(), final=True)
+        shown = self._show(text + self._decoder.flush(), final=True)
+        if finish_reason == "stop" and self.stop_string is None and not self._end:
+            self.stop_string = _hidden_stop(self._tokenizer, self._newest, self._stop)
+        return shown
 
     def _decode(self, ids: Sequence[int]) -> str:
         self.num_text_tokens += len(ids)
+        self._newest = ids[-1:] or self._newest
         return self._decoder.push(ids)
 
     def _show(self, text: str, final: bool) -> tuple[str, list[tools.CallPiece]]:
@@ -86,10 +92,14 @@ class ReplyText:
 
 
 class StopStrings:
-    """Tells, as ids are sampled, when their text first holds one of the stop strings."""
+    """Tells, as ids are sampled, when the text that the agent sees of them first holds one of the stop strings.
+
+    A special token is no part of that text, but ends the sample where its own spelling holds one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool = False):
-        self._decoder = StreamDecoder(tokenizer, continues=continues)
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, skip_special=True, continues=continues)
         self._stop = stop
         self._seen = 0
         self._tail = ""
@@ -98,9 +108,13 @@ class StopStrings:
     def check(self, ids: Sequence[int]) -> int | None:
         """How many of `ids` to keep once a stop string is complete; None before. Called with ever longer `ids`."""
         while self._seen < len(ids):
-            self._tail += self._decoder.push(ids[self._seen : self._seen + 1])
+            new = ids[self._seen : self._seen + 1]
+            text = self._decoder.push(new)
+            self._tail += text
             self._seen += 1
-            if any(text in self._tail for text in self._stop):
+            if any(candidate in self._tail for candidate in self._stop):
+                return self._seen
+            if not text and _hidden_stop(self._tokenizer, new, self._stop) is not None:
                 return self._seen
             self._tail = self._tail[max(0, len(self._tail) - self._keep_chars) :]
         return None
@@ -113,6 +127,13 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
         return text, None
     position, _, candidate = min(found)
     return text[:position], candidate
+
+
+def _hidden_stop(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str]) -> str | None:
+    """The stop string in the spelling of an id that the text leaves out; None of one that it shows."""
+    if tokenizer.decode(ids, skip_special=True, continues=True):
+        return None
+    return cut_at_stop(tokenizer.decode(ids), stop)[1]
 
 
 def _whole(call: dict) -> tools.CallPiece:

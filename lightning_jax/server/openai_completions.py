@@ -12,7 +12,7 @@ from lightning_jax.server import openai_shared, wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
 from lightning_jax.server.generation import Generation
 from lightning_jax.server.roles import Generators
-from lightning_jax.text.tokenizer import Tokenizer
+from lightning_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # the API's own
 _MAX_SAMPLES = 1024  # prompts x n of one request
@@ -96,7 +96,7 @@ class _Writer:
         text = ""
         if self._body.echo:
             text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-        self._echoes.append(_Echo(prompt_ids, text))
+        self._echoes.append(_Echo(prompt_ids, text, continues=bool(prompt)))
 
     async def score(self, policy: Policy) -> None:
         """Gives the echoed prompts their log-probs, if these are asked for."""
@@ -113,9 +113,8 @@ class _Writer:
             sampled = Delta(0, "", [], [first, *others], [0.0, *logprobs], len(logprobs) + 1, None, [[], *tops])
             # A beginning of the tokenizer's own is a token of the prompt, and no part of its text.
             unseen = first == self._tokenizer.bos_id and not echo.text.startswith(self._tokenizer.decode([first]))
-            echo.logprobs = self._logprobs(sampled, -len(self._tokenizer.decode([first])) if unseen else 0)
+            echo.logprobs = self._logprobs(sampled, _Offsets(StreamDecoder(self._tokenizer), unseen=unseen))
             echo.logprobs["token_logprobs"][0] = echo.logprobs["top_logprobs"][0] = None  # nothing comes before it
-            echo.logprobs["text_offset"][0] = 0
 
     def without_samples(self) -> Response:
         """The reply to a request for no new token."""
@@ -123,7 +122,7 @@ class _Writer:
         choices = []
         for echo in self._echoes:
             for _ in range(self._body.n or 1):
-                choices.append(self._choice(len(choices), echo, "", nothing, "length", 0))
+                choices.append(self._choice(len(choices), echo, "", nothing, "length", self._offsets(echo)))
         usage = openai_shared.usage(sum(len(echo.prompt_ids) for echo in self._echoes), 0, 0)
         content = self._envelope | {"choices": choices, "usage": usage}
         if not self._body.stream:
@@ -134,7 +133,8 @@ class _Writer:
         choices = []
         for echo, reply in zip(self._echoes, replies, strict=True):
             for choice in reply.choices:
-                choices.append(self._choice(len(choices), echo, choice.content, choice, choice.finish_reason, 0))
+                offsets = self._offsets(echo)
+                choices.append(self._choice(len(choices), echo, choice.content, choice, choice.finish_reason, offsets))
         counts = [sum(len(reply.prompt_ids) for reply in replies), sum(reply.completion_tokens for reply in replies)]
         usage = openai_shared.usage(*counts, sum(reply.cached_tokens for reply in replies))
         return self._envelope | {"choices": choices, "usage": usage}
@@ -155,7 +155,7 @@ class _Writer:
             return wire.event(content)
 
         for position, (echo, generation) in enumerate(zip(self._echoes, generations, strict=True)):
-            begun, lengths = [False] * samples, [0] * samples  # of each sample; how long its text is so far
+            begun, offsets = [False] * samples, [self._offsets(echo) for _ in range(samples)]
             async for delta in generation.events(request.receive):
                 if delta is None:
                     yield wire.COMMENT
@@ -164,21 +164,26 @@ class _Writer:
                 if not (delta.content or delta.token_ids or reason):
                     continue
                 opening = None if begun[i] else echo
-                choice = self._choice(position * samples + i, opening, delta.content, delta, reason, lengths[i])
+                choice = self._choice(position * samples + i, opening, delta.content, delta, reason, offsets[i])
                 begun[i] = True
-                lengths[i] += len(choice["text"])
                 yield chunk(choice)
         if options.include_usage:
             yield wire.event(self._envelope | {"choices": [], "usage": usage()})
         yield openai_shared.DONE
 
     def _choice(
-        self, index: int, echo: "_Echo | None", text: str, sampled: Choice | Delta, reason: str | None, offset: int
+        self,
+        index: int,
+        echo: "_Echo | None",
+        text: str,
+        sampled: Choice | Delta,
+        reason: str | None,
+        offsets: "_Offsets",
     ) -> dict:
         """A sample, or what is new of it; `echo` where it begins."""
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._logprobs(sampled, offset if echo is None else len(echo.text))
+            logprobs = self._logprobs(sampled, offsets)
             if echo is not None and echo.logprobs is not None:
                 logprobs = {name: echo.logprobs[name] + logprobs[name] for name in logprobs}
         text = text if echo is None else echo.text + text
@@ -189,25 +194,54 @@ class _Writer:
                 choice["prompt_token_ids"] = echo.prompt_ids
         return choice
 
-    def _logprobs(self, sampled: Choice | Delta, offset: int) -> dict:
-        tokens, offsets, tops = [], [], []
+    def _offsets(self, echo: "_Echo") -> "_Offsets":
+        """Of a sample of this prompt."""
+        return _Offsets(StreamDecoder(self._tokenizer, skip_special=True, continues=echo.continues), len(echo.text))
+
+    def _logprobs(self, sampled: Choice | Delta, offsets: "_Offsets") -> dict:
+        tokens, starts, tops = [], [], []
         entries = openai_shared.token_logprobs(sampled, self._tokenizer)
-        for entry in entries:
+        for entry, token_id in zip(entries, sampled.token_ids, strict=False):  # without the end of the turn
             tokens.append(_spelling(entry))
-            offsets.append(offset)
-            offset += len(entry["token"])
+            starts.append(offsets.next(token_id))
             tops.append({_spelling(likely): likely["logprob"] for likely in [*entry["top_logprobs"], entry]})
         logprobs = [entry["logprob"] for entry in entries]
-        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": starts}
 
 
 @dataclasses.dataclass
 class _Echo:
-    """A prompt: its ids, what a reply repeats of its text, and the log-probs of that if they are asked for."""
+    """A prompt: its ids, what a reply repeats of its text, and the log-probs of that if they are asked for.
+
+    `continues`: its samples go on from a text, see `Tokenizer.decode`.
+    """
 
     prompt_ids: Sequence[int]
     text: str
+    continues: bool
     logprobs: dict | None = None
+
+
+@dataclasses.dataclass
+class _Offsets:
+    """Where in the text each token begins, one after the other.
+
+    Attributes:
+        decoder: tells how much text comes of each.
+        length: of the text so far.
+        unseen: the next token is no part of the text.
+    """
+
+    decoder: StreamDecoder
+    length: int = 0
+    unseen: bool = False
+
+    def next(self, token_id: int) -> int:
+        start = self.length
+        if not self.unseen:
+            self.length += len(self.decoder.push([token_id]))
+        self.unseen = False
+        return start
 
 
 def _spelling(entry: dict) -> str:

@@ -78,11 +78,13 @@ def _add_message(chat: list[dict], item: dict, where: str) -> None:
     elif not isinstance(content, str):
         raise ApiError(f"{where}.content: must be a string or a list of parts", param=f"{where}.content")
     if role == "assistant" and chat and chat[-1].get("tool_calls"):
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-        chat[-1]["content"] += content
+        chat[-1]["content"] = [*_parts(chat[-1]["content"]), *_parts(content)]
     else:
         chat.append({"role": role, "content": content})
+
+
+def _parts(content: str | list) -> list:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _text(item: dict, name: str, where: str) -> str:

@@ -59,7 +59,7 @@ class SamplingBody(pydantic.BaseModel):
     top_k: int | None = pydantic.Field(None, ge=-1)
     presence_penalty: float | None = pydantic.Field(None, ge=-2, le=2)
     frequency_penalty: float | None = pydantic.Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = pydantic.Field(None, gt=0, le=100)
+    repetition_penalty: float | None = pydantic.Field(None, ge=0.01, le=100)
     logit_bias: dict[int, float] | None = None
     max_tokens: int | None = pydantic.Field(None, ge=1)
     min_tokens: int | None = pydantic.Field(None, ge=0)

@@ -69,11 +69,11 @@ def stop_strings(stop: Sequence[str] | None, name: str) -> tuple[str, ...]:
 
 
 def dumps(content: Any) -> bytes:
-    """JSON text; NaN, which JSON does not know, becomes null."""
+    """JSON text; NaN and infinities, which JSON does not know, become null."""
     try:
         return orjson.dumps(content)
     except TypeError:  # an integer beyond 64 bits in a task, half of a surrogate pair in a sample
-        return json.dumps(content).encode()
+        return json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None)).encode()
 
 
 def json_response(content: Any, status: int = 200, retry_after_s: int | None = None) -> Response:
@@ -136,5 +136,5 @@ class EventStream(Response):
 
 
 def _short(value: Any) -> str:
-    text = orjson.dumps(value).decode()
+    text = dumps(value).decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -41,7 +41,7 @@ def random_model(tmp_path_factory):
         head_dim=16,
         tie_embeddings=False,
         max_seq_len=512,
-        eos_ids=tokenizer.eos_ids,
+        eos_ids=(),  # as of base models that are trained to chat: only the tokenizer knows what ends a turn
     )
     params = llama.init_params(config, jax.random.key(0))
     # Width 0 is the same positive number in every position, and speaks against the end of the turn: no reply ends by
@@ -59,6 +59,11 @@ def random_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tool_model(tmp_path_factory):
     """A bigram model made by hand: every reply of it is the tool call above, and the end of the turn."""
+    return bigram_model(tmp_path_factory, "<tool_call>", TOOL_CALL, "</tool_call>")
+
+
+def bigram_model(tmp_path_factory, *reply):
+    """A model whose every reply is these tokens, and the end of the turn; one size, whatever they are."""
     folder = tmp_path_factory.mktemp("models") / "caller"
     tokenizer_files = tmp_path_factory.mktemp("tokenizer")
     shutil.copytree(BUILTIN, tokenizer_files, dirs_exist_ok=True)
@@ -66,7 +71,7 @@ def tool_model(tmp_path_factory):
     tokenizer.add_tokens([TOOL_CALL])
     tokenizer.save(str(tokenizer_files / "tokenizer.json"))
     (end,) = load_tokenizer(tokenizer_files).eos_ids
-    ids = [tokenizer.token_to_id(t) for t in ("<|assistant|>", "<tool_call>", TOOL_CALL, "</tool_call>")]
+    ids = [tokenizer.token_to_id(t) for t in ("<|assistant|>", *reply)]
     following = dict(zip(ids, [*ids[1:], end], strict=True))
     vocab = tokenizer.get_vocab_size()
     config = LlamaConfig(

@@ -90,6 +90,28 @@ def test_stop_sequences(client):
     assert "".join(block.text for block in cut.content) == text[: text.index(stop)]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_sequence_that_is_a_special_token(serving, stream):
+    """The text never shows it, and it ends the reply all the same."""
+    special = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+    options = {"messages": USER, "max_tokens": 200, "stop_sequences": special, "model": "m"}
+    options["extra_body"] = {"temperature": 1.5, "return_token_ids": True}
+    job, leases, ids = serving.open(mode="evaluate")
+    with anthropic.Anthropic(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        if stream:
+            with agent.messages.stream(**options) as events:
+                reply = events.get_final_message()
+        else:
+            reply = agent.messages.create(**options)
+    (record,) = serving.finish(job, leases, ids)
+    (call,) = record.calls
+    *before, last = call.sampled_ids.tolist()
+    tokenizer = serving.policy.tokenizer
+    assert tokenizer.decode([last]) in special and not {*tokenizer.encode("".join(special))} & {*before}
+    assert (reply.stop_reason, reply.stop_sequence) == ("stop_sequence", tokenizer.decode([last]))
+    assert "".join(block.text for block in reply.content) == tokenizer.decode(before)
+
+
 def test_tool_use(serving_tools):
     client = anthropic.Anthropic(base_url=serving_tools.url, api_key="any", max_retries=0)
     reply = create(client, tools=TOOLS)

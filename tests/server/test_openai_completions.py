@@ -84,6 +84,42 @@ def test_an_echoed_prompt_has_log_probs(client, random_model, max_tokens):
         assert streamed[0] is None and streamed[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-5)
 
 
+def test_a_text_offset_is_where_the_token_stands(client, serving):
+    """Behind a character of several tokens, and behind a special token that the text leaves out."""
+    options = {"model": "m", "prompt": "é🙂 hi", "echo": True, "logprobs": 0, "max_tokens": 100, "seed": 1}
+    # Not held against the package's type, which does not know of the documented null.
+    choice = client.completions.create(**options).choices[0]
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    assert offsets[:9] == [0, 0, 1, 1, 1, 1, 2, 3, 4]
+    hidden = [i for i, token in enumerate(tokens) if token.startswith("<|")]
+    assert hidden and any(token.startswith("bytes:") for token in tokens[9:])
+    for i, (token, offset) in enumerate(zip(tokens, offsets, strict=True)):
+        if i not in hidden and not token.startswith("bytes:"):
+            assert choice.text[offset:].lstrip("\ufffd").startswith(token)
+    chunks = list(client.completions.create(**options, stream=True))
+    pieces = [chunk.choices[0].logprobs.text_offset for chunk in chunks]
+    assert len(pieces) > 5 and [offset for piece in pieces for offset in piece] == offsets
+    plain = client.completions.create(**options | {"echo": False}).choices[0]
+    assert plain.logprobs.text_offset == [offset - 5 for offset in offsets[9:]]
+
+
+def test_a_stop_string_around_a_token_that_the_text_leaves_out(client, serving):
+    """What cuts the text ends the sample, too: nothing is sampled that the agent never sees."""
+    tokenizer, found = serving.policy.tokenizer, None
+    for seed in range(20):
+        options = {"max_tokens": 100, "seed": seed}
+        ids = create(client, **options).choices[0].token_ids
+        texts = [tokenizer.decode([i], skip_special=True) for i in ids]
+        for i in range(1, 99):
+            stop, before = texts[i - 1] + texts[i + 1], "".join(texts[: i - 1])
+            if not texts[i] and len(stop) == 2 and stop.isascii() and stop.isprintable() and stop not in before:
+                found = options, ids, i, stop
+    options, ids, i, stop = found
+    cut = create(client, stop=stop, **options).choices[0]
+    assert cut.finish_reason == "stop" and cut.token_ids == ids[: i + 2]
+    assert cut.text == tokenizer.decode(ids[: i - 1], skip_special=True)
+
+
 def test_a_stream_is_the_reply_in_pieces(client):
     options = {"prompt": ["One", "Two"], "n": 2, "seed": 5, "echo": True}
     whole = create(client, **options)
@@ -109,6 +145,8 @@ def test_a_stream_is_the_reply_in_pieces(client):
     [
         ({"suffix": "after"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"best_of": 10**30}, "best_of=1000000000"),
+        ({"extra_body": {"repetition_penalty": 1e-38}}, "repetition_penalty"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [1, 10**7]}, "vocabulary"),

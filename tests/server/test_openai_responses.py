@@ -7,8 +7,11 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from .conftest import TOOL_CALL, bigram_model
+
 TOOLS = [{"type": "function", "name": "add", "description": "Adds.", "parameters": {"type": "object"}}]
 IDS = {"return_token_ids": True}
+AFTER = "OK,itwasfun!"  # several rounds of the sampler, so that it is streamed after the call before it
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,63 @@ def test_a_conversation_is_one_row(serving_tools, by_id):
             items, previous = ([result], reply.id) if by_id else ([*items, call.model_dump(), result], None)
     (record,) = serving_tools.finish(job, leases, ids)
     assert [call.parent for call in record.calls] == [None, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def talking(start, tmp_path_factory):
+    """A model that says something before its call, and after it."""
+    return start(bigram_model(tmp_path_factory, *"So", "<tool_call>", TOOL_CALL, "</tool_call>", *AFTER))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_between_two_texts_goes_back(talking, stream):
+    job, leases, ids = talking.open()
+    options = {"model": "m", "tools": TOOLS}
+    with openai.OpenAI(base_url=talking.model_api(leases[0]), api_key="x", max_retries=0) as client:
+        items, kinds = [{"role": "user", "content": "2+2?"}], []
+        for _ in range(2):
+            if stream:
+                with client.responses.stream(input=items, **options) as events:
+                    reply = events.get_final_response()
+            else:
+                reply = client.responses.create(input=items, **options)
+            kinds.append([item.type for item in reply.output])
+            (call,) = [item for item in reply.output if item.type == "function_call"]
+            result = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+            items = [*items, *[item.model_dump(exclude_none=True) for item in reply.output], result]
+    (record,) = talking.finish(job, leases, ids)
+    assert kinds == [["message", "function_call", "message"][: 3 if stream else 2]] * 2
+    assert [call.parent for call in record.calls] == [None, 0]
+    assert [call.reply["content"] for call in record.calls] == ["So" + AFTER] * 2
+
+
+def test_a_message_in_several_parts_is_the_reply(talking):
+    """As LangChain sends a reply's two texts back: parts of one message, before the call."""
+    job, leases, ids = talking.open()
+    with openai.OpenAI(base_url=talking.model_api(leases[0]), api_key="x", max_retries=0) as client:
+        *_, call = create(client, tools=TOOLS, max_output_tokens=24).output
+        said = {"role": "assistant", "content": [{"type": "output_text", "text": text} for text in ("So", AFTER)]}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+        create(client, input=[{"role": "user", "content": "2+2?"}, said, call.model_dump(), result], tools=TOOLS)
+    (record,) = talking.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0]
+
+
+CALL = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    "part, text",
+    [
+        ({"type": "input_image", "image_url": "x"}, "input_image"),
+        ({"type": "output_text", "text": 5}, "must be a string"),
+        ({"type": "output_text"}, "must be a string"),
+        ("plain", "str"),
+    ],
+)
+def test_an_assistants_message_behind_a_call_is_checked(client, part, text):
+    with pytest.raises(openai.BadRequestError, match=text):
+        create(client, input=[CALL, {"role": "assistant", "content": [part]}, {"role": "user", "content": "Why?"}])
 
 
 def test_a_rollouts_responses_are_its_own(serving):

@@ -124,6 +124,15 @@ def test_evaluation_is_greedy_unless_the_agent_asks(serving):
     assert first.calls[1].sampled_ids.tolist() != second.calls[1].sampled_ids.tolist()
 
 
+def test_in_evaluation_the_agents_seed_names_the_sample(serving):
+    job, leases, ids = serving.open(mode="evaluate", samples=2)
+    mine = [chat(serving, leases[0], temperature=1, seed=5, n=2).choices for _ in range(2)]
+    free = [chat(serving, leases[0], temperature=1).choices[0].token_ids for _ in range(2)]
+    serving.finish(job, leases, ids)
+    assert [choice.token_ids for choice in mine[0]] == [choice.token_ids for choice in mine[1]]
+    assert mine[0][0].token_ids != mine[0][1].token_ids and free[0] != free[1]
+
+
 def sampled(running, order, **options):
     """What rollouts sample when their calls are sent together in this order, by (sample, call)."""
     job, leases, ids = running.open(samples=3, **options)
@@ -233,6 +242,13 @@ def test_a_client_that_hangs_up_frees_its_slot_and_leaves_no_call(serving):
     assert len(record.calls) == 1
     after = serving.policy.sampler_metrics()
     assert after["sampler/generated_tokens"] - before["sampler/generated_tokens"] < 24 * 60
+
+
+def test_a_lease_is_json_whatever_the_task_holds(serving):
+    """JSON knows no infinity; beside a number of more than 64 bits, too."""
+    job, leases, ids = serving.open(task={"big": 2**70, "worst": float("-inf"), "all": [float("nan"), 1.5]})
+    assert leases[0]["task"] == {"big": 2**70, "worst": None, "all": [None, 1.5]}
+    serving.finish(job, leases, ids)
 
 
 def test_lease_says_what_the_worker_needs(serving):
