@@ -3,7 +3,10 @@
 With it goes what `agent_lightning.runtime` was told in this process: settings, and AIR's handlers.
 """
 
+import ast
 import base64
+import dis
+import functools
 import inspect
 import io
 import os
@@ -17,6 +20,8 @@ from agent_lightning.exceptions import InvalidConfigError
 from agent_lightning.runtime import air, worker_side
 
 USUAL_NAMES = ("agent_func", "my_agent", "agent")
+MAX_ANNOTATION_CHARS = 1000
+_LOADS_IN_CLASS_BODIES = ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # cloudpickle knows LOAD_GLOBAL alone
 
 
 def pack_agent(agent: Callable | str | os.PathLike) -> dict:
@@ -29,88 +34,152 @@ def pack_agent(agent: Callable | str | os.PathLike) -> dict:
     Raises:
         InvalidConfigError: no such script, not callable, or it refers to something that cannot be pickled.
     """
-    runtime = {"settings": worker_side.settings(), "handlers": None}
-    if any(handlers := air.registered().values()):
-        runtime["handlers"] = _pickled(
-            air.registered(),
-            [handler for of_kind in handlers for handler in of_kind],
-            "AIR's handlers",
-            "create clients, locks and connections inside the handlers",
-        )
+    handlers = air.registered()
+    source = {"settings": worker_side.settings(), "sys_path": sys.path, "data": None}
     if isinstance(agent, (str, os.PathLike)):
         path, function = split_script(os.fspath(agent))
-        return {"kind": "script", "path": path, "function": function, "runtime": runtime, "sys_path": sys.path}
+        source |= {"kind": "script", "path": path, "function": function}
+        if any(handlers.values()):
+            source["data"] = _pickled(None, handlers)
+        return source
     if not callable(agent):
         raise InvalidConfigError(
             f"the agent must be a function (resource, task) -> reward or a script path, got {type(agent).__name__}"
         )
-    data = _pickled(
-        agent,
-        [agent],
-        "the agent",
-        "create clients, locks and connections inside the agent function, or put the agent in a file and pass its path "
-        "('my_agent.py:my_agent')",
-    )
-    return {"kind": "pickle", "data": data, "runtime": runtime, "sys_path": sys.path}
+    return source | {"kind": "pickle", "data": _pickled(agent, handlers)}
 
 
-def unpack_agent(source: dict) -> Callable:
-    """The callable that `pack_agent` described; runs in the worker. Whatever loading raises is passed on."""
-    if source["kind"] == "script":
-        return load_script(source["path"], source["function"])
-    sys.path[:] = source["sys_path"]
-    return ready_to_call(_unpickled(source["data"]))
+def unpack_agent(source: dict) -> tuple[Callable, dict[str, list[Callable]]]:
+    """The callable that `pack_agent` described, and AIR's handlers of the process that packed it, by kind.
 
-
-def unpack_handlers(source: dict) -> dict[str, list[Callable]]:
-    """AIR's handlers of the process that packed the agent, by kind; after the agent has been unpacked."""
-    data = source["runtime"]["handlers"]
-    if data is None:
-        return {}
+    Runs in the worker. Whatever loading raises is passed on.
+    """
+    if source["kind"] == "pickle":
+        sys.path[:] = source["sys_path"]
+        agent, handlers = _unpickled(source["data"])
+        return ready_to_call(agent), handlers
+    agent = load_script(source["path"], source["function"])
+    if source["data"] is None:
+        return agent, {}
     sys.path += [folder for folder in source["sys_path"] if folder not in sys.path]
-    return _unpickled(data)
+    return agent, _unpickled(source["data"])[1]
 
 
-def _pickled(value, functions: list[Callable], what: str, hint: str) -> str:
-    """`value` as text, with all of the modules of `functions` that the workers cannot import.
+# ---- by value ----
+
+
+def _pickled(agent: Callable | None, handlers: dict[str, list[Callable]]) -> str:
+    """Both as text, in one go since they may share globals; with all of their modules that the workers cannot import.
 
     Raises:
-        InvalidConfigError: it refers to something that cannot be pickled; names `what` and gives the hint.
+        InvalidConfigError: one of them refers to something that cannot be pickled.
     """
     import cloudpickle
 
-    modules = {sys.modules.get(getattr(function, "__module__", None) or "") for function in functions} - {None}
-    by_value = [module for module in modules if not _workers_can_import(module)]
+    functions = [agent, *(handler for of_kind in handlers.values() for handler in of_kind)]
+    modules = {sys.modules.get(getattr(_innermost(function), "__module__", None) or "") for function in functions}
+    by_value = [module for module in modules - {None} if not _workers_can_import(module)]
     registered = []
     try:
         for module in by_value:
             cloudpickle.register_pickle_by_value(module)
             registered.append(module)
-        return base64.b64encode(_dumped(value)).decode()
+        return base64.b64encode(_dumped((agent, handlers))).decode()
     except Exception as error:
+        what = ["the agent"] * (agent is not None) + ["AIR's handlers"] * any(handlers.values())
         raise InvalidConfigError(
-            f"{what} cannot be sent to the workers: {type(error).__name__}: {error}", hint=hint
+            f"{' or '.join(what)} cannot be sent to the workers: {type(error).__name__}: {error}",
+            hint="create clients, locks and connections inside the agent function or the handlers, or put the agent in "
+            "a file and pass its path ('my_agent.py:my_agent')",
         ) from error
     finally:
         for module in registered:
             cloudpickle.unregister_pickle_by_value(module)
 
 
+def _innermost(function):
+    """What `functools.partial` was given, which has the module."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _dumped(value) -> bytes:
-    """As cloudpickle does it, but code keeps the name of its file, which cloudpickle leaves out since 3.1.3: a
-    traceback from a worker shows the agent's own lines, and `air.merge` knows copies of a handler by it.
+    """`(value, globals)` as cloudpickle does it, but for code and for __main__.
+
+    Code keeps the name of its file, which cloudpickle leaves out since 3.1.3: a traceback from a worker shows the
+    agent's own lines, and `air.merge` knows copies of a handler by it. Functions of __main__ become functions of the
+    worker's __main__, where pickle and annotations look for what is defined there; with them go the `globals`, those
+    that the value names without any function loading them.
     """
     import cloudpickle
+
+    main, named, also = vars(sys.modules["__main__"]), set(), {}
 
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj):
             if isinstance(obj, types.CodeType) and obj.co_filename:
                 return _code_of_file, (obj.replace(co_filename=""), obj.co_filename)
+            is_function = isinstance(obj, types.FunctionType)
+            if obj.__globals__ is main if is_function else isinstance(obj, type) and obj.__module__ == "__main__":
+                named.update(_named_by(obj, main))
             return super().reducer_override(obj)
 
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(value)
-    return buffer.getvalue()
+    while True:
+        buffer = io.BytesIO()
+        pickler = Pickler(buffer)
+        pickler.globals_ref[id(main)] = _MainGlobals()
+        pickler.dump((value, also))
+        if named <= also.keys():
+            return buffer.getvalue()
+        also = {name: main[name] for name in named}
+
+
+class _MainGlobals:
+    """Pickled, stands for the globals of __main__ in the process that loads it."""
+
+    def __reduce__(self):
+        return _main_globals, ()
+
+
+def _main_globals() -> dict:
+    return vars(sys.modules["__main__"])
+
+
+def _named_by(obj: Callable | type, main: dict) -> set[str]:
+    """Globals of __main__ that one of its functions or classes needs there, besides those that its code loads."""
+    names, texts = {"__file__", "__package__"}, []
+    if isinstance(obj, type):
+        texts += vars(obj).get("__annotations__", {}).values()
+    else:
+        texts += obj.__annotations__.values()
+        codes = [obj.__code__]
+        for code in codes:
+            constants = [c for value in code.co_consts for c in (value if isinstance(value, tuple) else [value])]
+            codes += [c for c in constants if isinstance(c, types.CodeType)]
+            texts += constants
+            loaded = {i.argval for i in dis.get_instructions(code) if i.opname in _LOADS_IN_CLASS_BODIES}
+            names |= {name for name in loaded if not name.startswith("__")}
+    names |= {name for text in texts for name in _names_in(text) if _may_annotate(main.get(name))}
+    if main.get(obj.__name__) is obj:  # where pickle will look for it
+        names.add(obj.__name__)
+    return names & main.keys()
+
+
+def _names_in(text) -> set[str]:
+    """The names in a string that may be an annotation."""
+    if not isinstance(text, str) or len(text) > MAX_ANNOTATION_CHARS:
+        return set()
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _may_annotate(value) -> bool:
+    kinds = type | types.ModuleType | types.GenericAlias | types.UnionType
+    return isinstance(value, kinds) or type(value).__module__ == "typing"
 
 
 def _code_of_file(code: types.CodeType, filename: str) -> types.CodeType:
@@ -120,7 +189,12 @@ def _code_of_file(code: types.CodeType, filename: str) -> types.CodeType:
 def _unpickled(data: str):
     import cloudpickle
 
-    return cloudpickle.loads(base64.b64decode(data))
+    value, also = cloudpickle.loads(base64.b64decode(data))
+    _main_globals().update(also)
+    return value
+
+
+# ---- scripts ----
 
 
 def split_script(text: str) -> tuple[str, str | None]:

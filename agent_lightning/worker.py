@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 from agent_lightning import agent_source
-from agent_lightning.agent_source import unpack_agent, unpack_handlers
+from agent_lightning.agent_source import unpack_agent
 from agent_lightning.framing import FrameReader, pack
 from agent_lightning.runtime import worker_side
 from agent_lightning.runtime.air import LARGEST_FLOAT32
@@ -48,12 +49,12 @@ class Worker:
         if hello is None:
             return 0
         _restore_environment(hello["pythonpath"])
-        source, settings = hello["agent"], hello["agent"]["runtime"]["settings"]
+        source, settings = hello["agent"], hello["agent"]["settings"]
         self._worker_id, self._verify_ssl = hello["worker_id"], hello["verify_ssl"]
         try:
             worker_side.enter(settings, self._worker_id)
-            self._agent = unpack_agent(source)
-            worker_side.settle(settings, unpack_handlers(source))
+            self._agent, handlers = unpack_agent(source)
+            worker_side.settle(settings, handlers)
         except BaseException as error:
             self._send({"kind": "load_failed", "error": describe_error(error)})
             return 1
@@ -86,13 +87,8 @@ class Worker:
         return result | {"duration_s": time.monotonic() - start}
 
     def _arguments(self, lease: dict) -> tuple[Resource, Task]:
-        model_api, token = lease["model_api"], lease["token"]
-        os.environ["OPENAI_BASE_URL"] = f"{model_api}/v1"
-        os.environ["OPENAI_API_KEY"] = token
-        os.environ["ANTHROPIC_BASE_URL"] = model_api
-        os.environ["ANTHROPIC_API_KEY"] = token
         resource = Resource(
-            model_api, lease["model_name"], str(lease["task_id"]), self._worker_id, dict(lease["metadata"])
+            lease["model_api"], lease["model_name"], str(lease["task_id"]), self._worker_id, dict(lease["metadata"])
         )
         resource.model_names = lease.get("model_names") or [lease["model_name"]]
         return resource, Task(lease["task"])
@@ -203,6 +199,8 @@ def main() -> int:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a model may write anything
+    sys.modules["__main__"] = types.ModuleType("__main__")  # for what the agent's own __main__ defines
+    sys.modules["__main__"].__spec__ = __spec__  # what `multiprocessing` imports in a process that it spawns
     atexit.register(_end_group, os.getpid())  # registered first, so it runs after all that the agent registers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a pool that ignores Ctrl-C would pass that on
     faulthandler.enable(all_threads=False)

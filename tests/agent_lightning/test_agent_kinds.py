@@ -87,16 +87,136 @@ for cell in (
 
 @pytest.mark.parametrize("source", [FROM_MAIN, FROM_NOTEBOOK], ids=["script", "notebook"])
 def test_an_agent_may_be_defined_in_main(served, source, tmp_path):
+    (record,) = run_as_main(served, source, [{"question": "four"}], tmp_path)
+    assert (record.status, record.reward) == ("succeeded", 4.5), record.error
+
+
+def run_as_main(served, source, tasks, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(source)
-    job_id, rollout_ids = served.open_job([{"question": "four"}])
+    job_id, rollout_ids = served.open_job(tasks)
     command = [sys.executable, str(script), served.url, job_id, str(ROOT)]
     with served.ending(job_id, rollout_ids):
         done = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
         )
     assert done.stdout == "succeeded\n", done.stderr
-    (record,) = served.store.finished(rollout_ids)
+    return served.store.finished(rollout_ids)
+
+
+# Each of these works where the script itself calls the agent, as long as names lead where they lead there.
+LIKE_RUN_DIRECTLY = """
+import multiprocessing, pickle, sys, threading, typing
+from dataclasses import dataclass
+from agent_lightning import Pool
+
+time = threading.Lock()  # not sent, and named as a module that the worker itself needs
+Answers = typing.Optional["Answer"]
+
+@dataclass
+class Part:
+    x: int
+
+@dataclass
+class Answer:
+    part: Part
+
+class Base:
+    pass
+
+def twice(x):
+    return 2 * x
+
+def annotated(resource, task):
+    def tool(answer: Answer, more: Answers = None) -> None: ...
+    return typing.get_type_hints(tool)["answer"] is Answer
+
+def annotated_class(resource, task):
+    return typing.get_type_hints(Answer)["part"] is Part
+
+def class_body(resource, task):
+    class Mine(Base):
+        kept = Part
+    return Mine.kept(1) == Part(1)
+
+def other_process(resource, task):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(twice, [1]) == [2]
+
+def pickled(resource, task):
+    return pickle.loads(pickle.dumps(Answer(Part(1)))) == Answer(Part(1))
+
+signal = None  # as above
+
+def file(resource, task):
+    global signal
+    signal = "mine"
+    return __file__.endswith("script.py")
+
+def agent(resource, task):
+    return float(AGENTS[task.question](resource, task))
+
+AGENTS = {f.__name__: f for f in (annotated, annotated_class, class_body, other_process, pickled, file)}
+
+if __name__ == "__main__":
+    print(Pool(sys.argv[1], sys.argv[2], agent, 1).run())
+"""
+
+
+@pytest.mark.parametrize("first_line", ["", "from __future__ import annotations"], ids=["", "annotations"])
+def test_names_of_main_are_found_in_a_worker_as_in_main(served, first_line, tmp_path):
+    kinds = ["annotated", "annotated_class", "class_body", "other_process", "pickled", "file"]
+    records = run_as_main(served, first_line + LIKE_RUN_DIRECTLY, [{"question": kind} for kind in kinds], tmp_path)
+    assert [(kind, record.reward, record.error) for kind, record in zip(kinds, records, strict=True)] == [
+        (kind, 1.0, None) for kind in kinds
+    ]
+
+
+SHARED_WITH_HANDLER = """
+import sys
+from agent_lightning import Pool
+from agent_lightning.runtime import air, set_config, tool
+
+set_config({"air_enabled": True})
+gold = None
+
+@air.on_tool_success
+def is_gold(tool_name, output):
+    return 0.25 if output == gold else 0.0
+
+@tool
+def look_up(text):
+    return text
+
+def agent(resource, task):
+    import urllib.request
+    global gold
+    gold = task.question
+    body = b'{"messages": [{"role": "user", "content": "1+1"}], "max_tokens": 2}'
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(resource.model_api + "/v1/chat/completions", body, headers)).read()
+    look_up(task.question)
+    return 0.0
+
+if __name__ == "__main__":
+    print(Pool(sys.argv[1], sys.argv[2], agent, 1).run())
+"""
+
+
+def test_airs_handlers_share_their_globals_with_the_agent(served, tmp_path):
+    records = run_as_main(served, SHARED_WITH_HANDLER, [{"question": "four"}, {"question": "five"}], tmp_path)
+    assert [[call.reward for call in record.calls] for record in records] == [[0.25], [0.25]]
+
+
+def test_a_partial_of_a_function_that_workers_cannot_import(served, tmp_path):
+    (tmp_path / "away_from_workers.py").write_text(
+        "def helper(x): return x + 0.5\ndef agent(resource, task, k): return helper(k)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    import away_from_workers
+
+    sys.path.remove(str(tmp_path))
+    (record,) = served.run(functools.partial(away_from_workers.agent, k=4), [{"question": "four"}], nworkers=1)
     assert (record.status, record.reward) == ("succeeded", 4.5), record.error
 
 

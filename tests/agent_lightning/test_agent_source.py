@@ -135,8 +135,8 @@ def test_a_class_is_an_agent_when_its_objects_are():
         def __call__(self, resource, task):
             return 8
 
-    assert unpack_agent(pack_agent(Solver))(None, None) == 8
-    assert unpack_agent(pack_agent(Solver()))(None, None) == 8
+    assert unpack_agent(pack_agent(Solver))[0](None, None) == 8
+    assert unpack_agent(pack_agent(Solver()))[0](None, None) == 8
 
 
 def test_a_script_imports_its_neighbours_and_shadows_nothing(tmp_path):
@@ -174,7 +174,7 @@ def test_a_function_of_a_module_that_workers_cannot_import_is_sent_by_value(tmp_
     sys.path.remove(str(tmp_path))
     assert path == away.__file__
     packed = pack_agent(away.agent)
-    code = f"from agent_lightning.agent_source import unpack_agent; print(unpack_agent({packed!r})(None, 6))"
+    code = f"from agent_lightning.agent_source import unpack_agent; print(unpack_agent({packed!r})[0](None, 6))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.path[0] or None)
     assert done.stdout.strip() == "42", done.stderr
 
@@ -183,7 +183,7 @@ def test_a_traceback_of_a_sent_agent_shows_its_own_lines():
     def agent(resource, task):
         return [1 // part for part in task]
 
-    (frame,) = traceback_of(unpack_agent(pack_agent(agent)), None, [0])[-1:]
+    (frame,) = traceback_of(unpack_agent(pack_agent(agent))[0], None, [0])[-1:]
     assert (frame.filename, frame.line) == (__file__, "return [1 // part for part in task]")
 
 
