@@ -204,9 +204,10 @@ class Client:
     ) -> Path:
         """Downloads a model's weights; a download that is interrupted goes on when it is asked for again.
 
-        Everything arrives beside `output_dir` and is checked by its SHA-256. A folder that did not exist appears
-        complete, at once. In one that did, the model's files replace those of the same name and the weights of an
-        earlier model; other files stay. A download that is killed leaves nothing that a program takes for a model.
+        Everything arrives in a hidden folder beside `output_dir` (in it, if it is a mount point) and is checked by its
+        SHA-256. A folder that did not exist appears complete, at once. In one that did, the model's files replace those
+        of the same name and the weights of an earlier model; other files stay. A download that is killed leaves nothing
+        that a program takes for a model.
 
         Args:
             output_dir: the folder to make.

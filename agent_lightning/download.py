@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from agent_lightning.exceptions import (
 )
 from agent_lightning.transport import Transport, backoff_s
 
-_WAIT_S = 2.0  # that one request waits for the server to have the files ready; less than any sensible time-out
+_WAIT_S = 2.0  # that one request waits for the server to have the files ready
 _ARRIVING = ".part"  # ends the name of a file that has not arrived whole
 _MOST_RENEWALS = 3
 # Of a model that the folder held before: no file of it may be taken for one of the new model's.
@@ -31,8 +32,9 @@ def download_model(
 ) -> Path:
     """Makes `output_dir` the model that the server exports for `params`; see `Client.download_model`.
 
-    The files arrive in `.NAME.partial` beside it, each under a name of its own until its SHA-256 is right. A download
-    that breaks off leaves that folder, and the next one goes on from it.
+    The files arrive in `.NAME.partial` beside it, or in it where it is on a file system of its own, each under a name
+    of its own until its SHA-256 is right. A download that breaks off leaves that folder, and the next one goes on from
+    it.
     """
     target = Path(output_dir).expanduser().resolve()
     export = _export(transport, params)
@@ -50,7 +52,7 @@ def download_model(
     except OSError as error:
         raise InvalidConfigError(
             f"cannot write the model to {target}: {error.strerror or error}",
-            hint="what has arrived is kept beside it: make room or choose another folder, and download again",
+            hint="what has arrived is kept: make room or choose another folder, and download again",
         ) from error
     return target
 
@@ -58,7 +60,7 @@ def download_model(
 def _export(transport: Transport, params: dict[str, str]) -> dict:
     """The server's description of the files, once it has made them; the checkpoint it names is looked at throughout."""
     while True:
-        export = transport.request("GET", "/api/models/exports", params=params | {"wait_s": _WAIT_S})
+        export = transport.request("GET", "/api/models/exports", params=params | {"wait_s": transport.poll_s(_WAIT_S)})
         if export["files"] is not None:
             return export
         params = params | _same(export)
@@ -152,11 +154,12 @@ def _check_room(partial: Path, files: list[dict]) -> None:
 
 @contextlib.contextmanager
 def _own_folder(target: Path) -> Iterator[Path]:
-    """The folder beside `target` in which its files arrive; one download has it at a time, and it goes when empty."""
+    """The folder in which the target's files arrive; one download has it at a time, and it goes when empty."""
     if target.exists() and not target.is_dir():
         raise InvalidConfigError(f"{target} is not a folder", hint="output_dir is the folder to make")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    home = target.parent if not target.exists() or _takes_from_beside(target) else target
+    partial = home / f".{target.name}.partial"
     while True:
         partial.mkdir(exist_ok=True)
         try:
@@ -175,6 +178,20 @@ def _own_folder(target: Path) -> Iterator[Path]:
             partial.rmdir()
         if lock is not None:
             os.close(lock)
+
+
+def _takes_from_beside(target: Path) -> bool:
+    """Whether a file beside a folder can be moved into it: not if it is a mount point, such as a volume of a container.
+
+    Tried, since a mount of the very file system that it lies on does not show in another way.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as probe:
+            os.rename(probe, target / Path(probe).name)
+            os.rename(target / Path(probe).name, probe)
+    except OSError:
+        return False
+    return True
 
 
 def _lock(folder: Path) -> int | None:
@@ -208,9 +225,7 @@ def _put_in_place(partial: Path, target: Path, names: list[str]) -> None:
     Args:
         names: the files; the last ones are those without which no program takes a folder for a model.
     """
-    if not target.exists() or not any(target.iterdir()):
-        if target.exists():
-            target.rmdir()
+    if not target.exists():
         os.rename(partial, target)
         return
     weights = [path.name for pattern in _WEIGHT_FILES for path in target.glob(pattern)]

@@ -34,6 +34,7 @@ class Job:
 
     def __init__(self, transport: Transport, title: str, spec: dict):
         self._transport, self._title = transport, title
+        self._evaluates = spec["kind"] == "evaluate"
         spec = {name: value for name, value in spec.items() if value is not None} | {"key": uuid.uuid4().hex}
         reply = transport.request("POST", "/api/jobs", json=spec)
         self.job_id: str = reply["job_id"]
@@ -51,7 +52,7 @@ class Job:
         Raises:
             TrainingError: the job failed, or was stopped before it had a result.
             ServerConnectionError: the server stayed away for OUTAGE_S.
-            KeyboardInterrupt: Ctrl-C twice.
+            KeyboardInterrupt: Ctrl-C twice, or once in an evaluation.
         """
         with JobProgress(self._title) as progress:
             follower = threading.Thread(target=self._follow, args=(progress, copies), daemon=True)
@@ -94,7 +95,7 @@ class Job:
         after = 0
         while True:
             last_round = self._ended.is_set()
-            params = {"after": after, "wait_s": 0.0 if last_round else EVENTS_WAIT_S}
+            params = {"after": after, "wait_s": 0.0 if last_round else self._transport.poll_s(EVENTS_WAIT_S)}
             try:
                 events = self._transport.request("GET", f"{self._path}/events", params=params)["events"]
                 job = self._transport.request("GET", self._path) if events else {}
@@ -114,7 +115,10 @@ class Job:
 
     @contextmanager
     def _interruptible(self, progress: JobProgress):
-        """Ctrl-C once asks the job to end after its step, twice raises KeyboardInterrupt; SIGTERM raises SystemExit."""
+        """Ctrl-C once asks a training to end after its step, twice raises KeyboardInterrupt; SIGTERM raises SystemExit.
+
+        An evaluation has no steps, and ends at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -126,7 +130,7 @@ class Job:
 
         def on_interrupt(*_):
             nonlocal asked
-            if asked:
+            if asked or self._evaluates:
                 raise KeyboardInterrupt
             asked = True
             threading.Thread(target=ask, daemon=True).start()  # the handler itself must not wait for locks

@@ -16,7 +16,7 @@ from agent_lightning.exceptions import KeyRefusedError, ServerConnectionError
 from agent_lightning.transport import Transport
 
 ENDED_JOB = frozenset({"succeeded", "failed", "stopped"})
-POLL_S = 10.0  # how long the server may hold a request for leases
+POLL_S = 10.0  # how long the server may hold a request for leases, at most
 RETRY_S = 0.5  # between an exchange that failed, after the transport's own retries, and the next
 HEARTBEAT_S = 2.0  # how often a pool with nothing to report says so, and hears what is no longer wanted
 
@@ -31,12 +31,12 @@ class Leases:
         wake: called from either thread when there is something to take, or the job has ended, or it has failed.
 
     Attributes:
-        job_status: as of the newest answer; "queued" before the first.
+        job_status: as of the newest answer; "unknown" before the first.
         failure: the exception that ended a thread, None while all is well.
     """
 
     def __init__(self, transport: Transport, job_id: str, *, give_up_s: float, wake: Callable[[], None]):
-        self.job_status = "queued"
+        self.job_status = "unknown"
         self.failure: BaseException | None = None
         self._transport, self._give_up_s, self._wake = transport, give_up_s, wake
         self._path = f"/api/jobs/{job_id}/exchange"
@@ -119,7 +119,7 @@ class Leases:
                 return
             want = self._free()
             self._asked += want
-        self._exchange([], want, POLL_S)
+        self._exchange([], want, self._transport.poll_s(POLL_S))
 
     def _exchange(self, results: list[dict], want: int, wait_s: float) -> None:
         """One exchange, repeated until the server answers, and what its reply means.

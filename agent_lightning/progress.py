@@ -32,7 +32,7 @@ class JobProgress:
         self._total_steps: int | None = None
         self._reward = self._speed = self._left = ""
         self._rollouts = self._ended_before = 0
-        self._seen = PoolStatus("queued", 0, 0, 0, 0, 0, 0, 0)
+        self._seen = PoolStatus("unknown", 0, 0, 0, 0, 0, 0, 0)
         self._said_queued = False
         self._first = 0  # the model's step before the job's first update
         self._first_step: tuple[int, float] | None = None
@@ -79,7 +79,7 @@ class JobProgress:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _on_step(self, step: int, data: dict) -> None:
         now = time.monotonic()

@@ -57,7 +57,7 @@ class RayPool:
         self._nworkers = nworkers
         self._members: dict = {}  # what a pool's run will return -> its actor and worker ids
         self._counts = dict.fromkeys(("succeeded", "failed", "crashed", "timed_out"), 0)  # of nodes that are gone
-        self._status = PoolStatus("queued", nworkers, 0, 0, 0, 0, 0, 0)
+        self._status = PoolStatus("unknown", nworkers, 0, 0, 0, 0, 0, 0)
         self._stopped = threading.Event()
 
     def run(self, on_status: Callable[[PoolStatus], None] | None = None) -> str:
@@ -147,7 +147,7 @@ class RayPool:
             self._ray.wait(list(self._members), num_returns=len(self._members), timeout=EXIT_S)
 
 
-_ORDER = ["queued", "running", "stopped", "failed", "succeeded"]
+_ORDER = ["unknown", "queued", "running", "stopped", "failed", "succeeded"]
 
 
 class _NodePool:

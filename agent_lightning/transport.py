@@ -25,6 +25,9 @@ class Transport:
         timeout_s: how long one request may go without an answer, in seconds.
         max_retries: how often it is sent again when the server cannot be reached or is not ready.
         verify_ssl: whether the server's certificate is checked.
+
+    Raises:
+        InvalidConfigError: it is no URL.
     """
 
     def __init__(
@@ -40,7 +43,12 @@ class Transport:
 
         self.server_url = server_url
         self.max_retries = max_retries
+        self._timeout_s = timeout_s
         self._errors = httpx.TransportError
+        try:
+            httpx.URL(server_url)
+        except httpx.InvalidURL as error:
+            raise exceptions.InvalidConfigError(f"{server_url!r} is not a URL: {error}") from error
         limits = httpx.Limits(max_keepalive_connections=8, keepalive_expiry=60.0)
         # A transport of its own keeps the client from the environment's proxies, and still heeds SSL_CERT_FILE.
         direct = httpx.HTTPTransport(verify=verify_ssl, limits=limits) if loopback_host(server_url) else None
@@ -111,6 +119,10 @@ class Transport:
                 yield response
         except self._errors as error:
             raise self._unreachable(error) from error
+
+    def poll_s(self, longest_s: float) -> float:
+        """How long the server may hold a request that waits for news: well within the time-out."""
+        return min(longest_s, self._timeout_s / 2)
 
     def close(self) -> None:
         self._http.close()

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from agent_lightning import InvalidConfigError
+from agent_lightning import Client, InvalidConfigError
 from agent_lightning.results import pass_at_k
+from agent_lightning.transport import Transport
 
 
 def answer(resource, task) -> tuple[str, float]:
@@ -48,6 +49,19 @@ def test_evaluate(client, training, tmp_path):
     assert (result.mean, result.failures) == (2.0, 1)
     assert result.standard_error == pytest.approx(1.0)  # of 1 and 3: sqrt(2) / sqrt(2)
     assert list(result.rewards.values()) == [1.0, None, 3.0]
+
+
+def test_events_are_waited_for_within_the_timeout(client, training, monkeypatch):
+    asked, request = [], Transport.request
+
+    def watched(self, method, path, **more):
+        if path.endswith("/events"):
+            asked.append(more["params"]["wait_s"])
+        return request(self, method, path, **more)
+
+    monkeypatch.setattr(Transport, "request", watched)
+    Client(training[0], timeout=3).evaluate(lambda resource, task: 1.0, data_id="sums", nworkers=1)
+    assert 0 < max(asked) <= 1.5
 
 
 def test_checkpoints_are_evaluated_and_the_weights_in_training_stay(client, policies):

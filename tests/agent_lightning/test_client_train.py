@@ -1,6 +1,7 @@
-"""`Client.train` and the command line against a real server that trains the model that ships with the package."""
+"""`Client.train`, folders to download to and the command line against a real server that trains the packaged model."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def agent(resource, task):
     time.sleep(pause)
     return ask(resource, task)
 
+if len(sys.argv) > 4:
+    Client(sys.argv[1]).evaluate(agent, sys.argv[4], nworkers=2)
 result = Client(sys.argv[1]).train(agent, nworkers=2, epochs=1000, batch_size=2, data_id="sums")
 print("steps", result.total_steps, "checkpoints", len(result.checkpoints))
 """
@@ -98,8 +101,8 @@ def script(client, training, tmp_path):
     folder.mkdir()
     started = []
 
-    def start(seconds_per_rollout: float):
-        command = [sys.executable, "-c", SCRIPT, training[0], str(folder), str(seconds_per_rollout)]
+    def start(seconds_per_rollout: float, *test_file: str):
+        command = [sys.executable, "-c", SCRIPT, training[0], str(folder), str(seconds_per_rollout), *test_file]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
@@ -140,6 +143,17 @@ def test_ctrl_c_twice_ends_at_once(script, training):
     assert not any(map(is_alive, written_pids(folder)))
 
 
+def test_ctrl_c_ends_an_evaluation_at_once(script, training, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "1"}\n{"question": "2"}\n')
+    process, folder = script(1000.0, str(tmp_path / "test.jsonl"))
+    job_id = training[1].jobs()[-1]["job_id"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err and "stopping after this step" not in err
+    wait_until(lambda: training[1].job(job_id)["status"] == "stopped")
+    assert not any(map(is_alive, written_pids(folder)))
+
+
 def test_sigterm_ends_the_job_too(script, training):
     """Or the server would wait for the dead client's workers, and all others with it."""
     process, folder = script(1000.0)
@@ -162,3 +176,52 @@ def test_command_line(training, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "final reward: 5.0000" in out
     assert "steps: 1 in" in out
+
+
+def model_files(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def test_a_download_fills_the_folder_one_stands_in(client, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert client.download_model(".", "initial") == tmp_path / "model"
+    assert {"config.json", "model.safetensors"} <= set(os.listdir())
+    assert model_files(tmp_path) == {"model", "train.jsonl", "test.jsonl"}
+
+
+INTO_A_MOUNT = """
+import os, sys
+from pathlib import Path
+from agent_lightning import Client
+
+url, target, old = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+for name in old:
+    (target / name).write_text("old")
+print(Client(url).download_model(target, "initial"))
+print(sorted(os.listdir(target)), (target / "model.safetensors").stat().st_size > 1000)
+"""
+
+
+@pytest.mark.parametrize("old", [(), ("model.safetensors", "adapter_config.json", "mine.txt")], ids=["empty", "old"])
+@pytest.mark.parametrize("mount", ["mount -t tmpfs none model", "mount --bind volume model"], ids=["disk", "bind"])
+def test_a_mount_point_can_be_downloaded_into(client, tmp_path, mount, old):
+    """As a container's volume is one; a bind mount may even be of the file system around it."""
+    for name in ("model", "volume"):
+        (tmp_path / name).mkdir()
+    unshared = ["unshare", "--user", "--map-root-user", "--mount"]
+    if os.getuid() == 0:
+        unshared = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshared, "sh", "-c", mount], cwd=tmp_path).returncode:
+        pytest.skip("this machine lets no test mount anything")
+    download = [sys.executable, "-c", INTO_A_MOUNT, client.server_url, str(tmp_path / "model"), *old]
+    done = subprocess.run(
+        [*unshared, "sh", "-c", f'{mount} && exec "$@"', "sh", *download],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = model_files(client.download_model(tmp_path / "new", "initial")) | ({"mine.txt"} if old else set())
+    assert done.stdout.splitlines() == [str(tmp_path / "model"), f"{sorted(names)} True"]

@@ -121,3 +121,40 @@ def test_a_request_sent_again_names_the_leases_that_arrived_meanwhile():
         server.shutdown()
         transport.close()
     assert again[0] == ["new"]
+
+
+def test_a_short_timeout_is_no_outage_while_the_server_holds_requests():
+    """Nor may a request that nobody reads any more be left at the server, which would hand it leases."""
+    held, broken = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.connection.settimeout(body["wait_s"] or 0.001)
+            try:
+                broken.append(self.connection.recv(1))  # b"": the pool has hung up
+            except TimeoutError:
+                self.connection.settimeout(None)
+            if body["wait_s"]:
+                held.append(body["wait_s"])
+            reply = json.dumps({"leases": [], "cancelled": [], "job_status": "running"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        transport = Transport(f"http://127.0.0.1:{server.server_address[1]}", timeout_s=1.5, max_retries=0)
+        leases = Leases(transport, "job", give_up_s=0.1, wake=lambda: None)
+        leases.add(workers=1)
+        leases.start()
+        wait_until(lambda: len(held) == 3 or broken)
+        leases.stop()
+        server.shutdown()
+        transport.close()
+    assert not broken and leases.failure is None and max(held) < 1.0

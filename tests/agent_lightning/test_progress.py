@@ -13,11 +13,11 @@ def test_plain_lines(capfd):
         progress.on_event({"kind": "evaluate_started", "step": 0, "data": {"rollouts": 4}}, {"step": 0})
         evaluation = {"eval/reward": 0.5, "eval/count": 4}
         progress.on_event({"kind": "evaluation", "step": 0, "data": evaluation}, {"step": 0, "total_steps": 2})
-        progress.on_output(3, "one\ntwo [bold]\n")
+        progress.on_output(3, "one\ntwo [bold] a:key:b\n")
         progress.on_event(step_event(1), {"step": 1, "total_steps": 2})
         progress.on_event(step_event(2, **{"rollout/failed": 3, "reward/mean": None}), {"step": 2, "total_steps": 2})
     lines = capfd.readouterr().err.splitlines()
-    assert lines[:3] == ["held-out reward 0.500 (4 tasks) at step 0", "[worker 3] one", "[worker 3] two [bold]"]
+    assert lines[:3] == ["held-out reward 0.500 (4 tasks) at step 0", "[worker 3] one", "[worker 3] two [bold] a:key:b"]
     assert lines[3] == "step 1/2  reward 0.250  1,234 tokens/s"
     assert lines[4] == "step 2/2  reward nan  3 failed  1,234 tokens/s  0:00 left"
 
@@ -52,7 +52,7 @@ def test_sample_completions_are_a_table(capfd):
 
 def test_a_job_behind_another_says_so_once(capfd):
     with JobProgress("training") as progress:
-        for job_status, idle in [("queued", 0), ("queued", 1), ("queued", 2), ("running", 2)]:
+        for job_status, idle in [("unknown", 1), ("queued", 0), ("queued", 1), ("queued", 2), ("running", 2)]:
             status = PoolStatus(job_status, 2 - idle, idle, busy=0, succeeded=0, failed=0, crashed=0, timed_out=0)
             progress.on_status(status)
     assert capfd.readouterr().err.splitlines() == ["queued: the server has an earlier job to end first"]
