@@ -29,6 +29,7 @@ from agent_lightning.worker_process import State, WorkerProcess
 CHECK_S = 1.0  # how often workers are checked for a death that their sockets did not show
 EXIT_GRACE_S = 2.0
 FAILED_STARTS = 3  # in a row, before the agent is taken to be at fault
+_MAKE_CLIENTS_INSIDE = "create clients inside the agent: the model's URL and key are set for each rollout, not before"
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,10 @@ class Pool:
             error = message["error"]
             if error["type"] == InvalidConfigError.__name__:
                 raise InvalidConfigError(error["message"])
+            needs_model = any(name in error["message"] for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"))
             raise TrainingError(
-                f"the agent cannot be loaded in a worker: {error['type']}: {error['message']}\n{error['traceback']}"
+                f"the agent cannot be loaded in a worker: {error['type']}: {error['message']}\n{error['traceback']}",
+                hint=_MAKE_CLIENTS_INSIDE if needs_model else None,
             )
         worker.finished()
         self._idle.append(worker)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 from agent_lightning.framing import FrameReader
 
@@ -151,12 +152,7 @@ class WorkerProcess:
 
     def kill(self) -> str:
         """Kills the process, its group and its other descendants; returns how it ended, in words."""
-        others = _descendants(self._process.pid)
-        for kill, pid in [(os.killpg, self._process.pid)] + [(os.kill, pid) for pid in others]:
-            try:
-                kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
+        kill_group(self._process.pid, descendants(self._process.pid))
         status = self._process.wait()
         if status >= 0:
             return f"exited with status {status}"
@@ -178,7 +174,16 @@ def _pythonpath() -> str:
     return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
-def _descendants(pid: int) -> list[int]:
+def kill_group(leader: int, others: Iterable[int]) -> None:
+    """Kills a process group, and other processes."""
+    for kill, pid in [(os.killpg, leader)] + [(os.kill, pid) for pid in others]:
+        try:
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def descendants(pid: int) -> list[int]:
     """All processes below `pid`, also those that left its group. Empty where there is no /proc."""
     children: dict[int, list[int]] = {}
     try:

@@ -4,6 +4,7 @@ Base URL and key come from the environment, which the worker sets for each rollo
 is imported: the model's name where a client demands one, and `set_config`'s `max_retries` and `timeout`.
 """
 
+import os
 import sys
 from types import ModuleType
 
@@ -20,10 +21,26 @@ def install() -> None:
     config.listen(_adjust_imported)
 
 
-def set_model_name(name: str) -> None:
-    """The model that a client asks for which was given none."""
+def enter_rollout(model_api: str, token: str, model_name: str) -> None:
+    """Leads clients that are made from now on, without arguments of their own, to a rollout's model."""
     global _model_name
-    _model_name = name
+    _model_name = model_name
+    os.environ.update(environment(model_api, token))
+    # openai's client-less calls keep the client of the first one
+    getattr(sys.modules.get("openai"), "_reset_client", lambda: None)()
+
+
+def environment(model_api: str, token: str) -> dict[str, str]:
+    """The variables from which SDKs take base URL and key."""
+    return {
+        "OPENAI_BASE_URL": f"{model_api}/v1",
+        "OPENAI_API_BASE": f"{model_api}/v1",  # LangChain's and LiteLLM's
+        "OPENAI_API_KEY": token,
+        "ANTHROPIC_BASE_URL": model_api,
+        "ANTHROPIC_API_URL": model_api,  # LangChain's
+        "ANTHROPIC_API_BASE": model_api,  # LiteLLM's
+        "ANTHROPIC_API_KEY": token,
+    }
 
 
 def _adjust_imported() -> None:

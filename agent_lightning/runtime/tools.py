@@ -3,7 +3,6 @@
 import functools
 import inspect
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,11 +10,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from agent_lightning.runtime import recorder, tracing
+from agent_lightning.runtime import recorder, sdk_defaults, tracing
+from agent_lightning.worker_process import descendants, kill_group
 
 MAX_OUTPUT_CHARS = 100_000
 TIMEOUT_EXIT_CODE = 124  # as timeout(1) has it
-_SECRETS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "AGENT_LIGHTNING_API_KEY")
+_SECRETS = {*sdk_defaults.environment("", ""), "AGENT_LIGHTNING_API_KEY"}
 
 
 def tool(function: Callable | None = None, *, name: str | None = None) -> Callable:
@@ -113,7 +113,7 @@ def _run(code: str, timeout_s: float, folder: str) -> CodeResult:
     with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(code)
     process = subprocess.Popen(
-        [sys.executable, "-X", "utf8", path],
+        [sys.executable, "-u", "-X", "utf8", path],  # -u: what it printed is not lost when it is killed
         cwd=folder,
         env={name: value for name, value in os.environ.items() if name not in _SECRETS},
         stdin=subprocess.DEVNULL,
@@ -135,10 +135,8 @@ def _run(code: str, timeout_s: float, folder: str) -> CodeResult:
     except subprocess.TimeoutExpired:
         exit_code = TIMEOUT_EXIT_CODE
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # what it left running holds the pipe open
-        except (ProcessLookupError, PermissionError):
-            pass
+        others = descendants(process.pid) if process.returncode is None else []
+        kill_group(process.pid, others)  # what it left running holds the pipe open
         process.wait()
     reader.join(1.0)
     if not reader.is_alive():

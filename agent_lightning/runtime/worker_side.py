@@ -47,7 +47,7 @@ def rollout(lease: dict, *, verify_ssl: bool = True) -> Iterator[recorder.Record
         verify_ssl: whether the server's certificate is checked.
     """
     metadata = lease["metadata"]
-    sdk_defaults.set_model_name(lease["model_name"])
+    sdk_defaults.enter_rollout(lease["model_api"], lease["token"], lease["model_name"])
     attributes = {"task_id": str(lease["task_id"])}
     attributes |= {name: metadata[name] for name in ("mode", "rollout_id", "attempt", "step", "policy_version")}
     recording = recorder.Recorder(

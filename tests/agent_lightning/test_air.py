@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import textwrap
 
 import pytest
 
@@ -383,6 +384,25 @@ def test_run_code(runtime, monkeypatch):
     assert run_code("print(input())").exit_code == 1  # no input to wait for
     flood = run_code("print('x' * 300_000 + 'end')")
     assert len(flood.result) == 100_000 and flood.result.endswith("xend\n")
+
+
+def test_run_code_keeps_what_was_printed_before_the_end(runtime, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    assert runtime.run_code("print('begun')\nwhile True: pass", timeout=1.0) == ("begun\n", 124)
+    assert runtime.run_code("import os; print('begun'); os.kill(os.getpid(), 9)") == ("begun\n", -9)
+
+
+def test_run_code_ends_what_has_left_its_session_too(runtime):
+    from tests.agent_lightning.conftest import is_alive, wait_until  # not for the workers, which import this file
+
+    code = """
+        import subprocess, time
+        print(subprocess.Popen(["sleep", "60"], start_new_session=True).pid, flush=True)
+        time.sleep(60)
+    """
+    result, exit_code = runtime.run_code(textwrap.dedent(code), timeout=2.0)
+    assert exit_code == 124
+    wait_until(lambda: not is_alive(int(result)))
 
 
 def test_run_code_ends_what_does_not_end(runtime):

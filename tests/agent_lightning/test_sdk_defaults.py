@@ -1,11 +1,14 @@
 """What SDKs assume in a worker where the agent says nothing: the reference's snippet, and what set_config sets."""
 
+import os
 import socket
 import sys
 import threading
 import time
 
 import pytest
+
+from agent_lightning import Pool, TrainingError
 
 
 def evaluate(response):
@@ -50,6 +53,42 @@ def test_langchain_with_no_arguments_at_all(serving_tools):
 
     (record,) = serving_tools.run(agent, [{}], nworkers=1)
     assert record.reward == 3.0 and len(record.calls) == 3, record.traceback
+
+
+def test_variables_of_the_users_own_lead_no_client_elsewhere(serving_tools, monkeypatch):
+    for name in ("OPENAI_API_BASE", "ANTHROPIC_API_URL", "ANTHROPIC_API_BASE"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    def agent(resource, task):
+        from langchain_anthropic import ChatAnthropic
+        from langchain_openai import ChatOpenAI
+
+        assert os.environ["ANTHROPIC_API_BASE"] == resource.model_api  # LiteLLM's
+        return len([llm.invoke("2+2?") for llm in (ChatAnthropic(max_retries=0), ChatOpenAI(max_retries=0))])
+
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 2.0 and len(record.calls) == 2, record.traceback
+
+
+def test_calls_without_a_client_go_to_the_rollout_that_makes_them(serving_tools):
+    def agent(resource, task):
+        import openai
+
+        openai.chat.completions.create(model="m", messages=[{"role": "user", "content": task.question}])
+        return 1.0
+
+    records = serving_tools.run(agent, [{"question": "2+2?"}, {"question": "3+3?"}, {"question": "4+4?"}], nworkers=1)
+    asked = [[call.messages[0]["content"] for call in record.calls] for record in records]
+    assert asked == [["2+2?"], ["3+3?"], ["4+4?"]], records[-1].traceback
+
+
+def test_a_client_made_at_import_is_an_error_that_says_where_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    script = tmp_path / "too_early.py"
+    script.write_text("import openai\nclient = openai.OpenAI()\ndef agent(resource, task): return 1.0\n")
+    pool = Pool("http://127.0.0.1:9", "no-job", str(script), 1, max_retries=0)
+    with pytest.raises(TrainingError, match="(?s)client = openai.OpenAI.*hint: create clients inside the agent"):
+        pool.run()
 
 
 def test_retries_and_time_limits_of_set_config(serving_tools, runtime, monkeypatch):
