@@ -17,7 +17,8 @@ class CheckpointCopies:
     A copy that cannot be made ends nothing; `finish` tries once more and then warns.
 
     Args:
-        folder: made if it is not there. A `step-N` of an earlier job is replaced.
+        folder: made if it is not there. A `step-N` of an earlier job is replaced. A folder named `latest` stays, and
+            there is no link.
         download: `(output_dir, checkpoint)`; raises AgentLightningError or OSError.
 
     Raises:
@@ -38,6 +39,7 @@ class CheckpointCopies:
             ) from error
         self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._made: set[str] = set()
+        self._is_latest_folder = False
         self._thread = threading.Thread(target=self._work, name="checkpoint-copies", daemon=True)
         self._thread.start()
 
@@ -70,6 +72,8 @@ class CheckpointCopies:
         if failures:
             first = next(iter(failures.values()))
             warnings.warn(f"not copied to {self._folder}: {', '.join(failures)}: {first}", stacklevel=5)
+        if self._is_latest_folder:
+            warnings.warn(f"{self._folder / 'latest'} is a folder, which was left as it is, and no link", stacklevel=5)
 
     def _work(self) -> None:
         while (path := self._waiting.get()) is not None:
@@ -88,10 +92,13 @@ class CheckpointCopies:
         os.rename(partial, final)
         shutil.rmtree(replaced, ignore_errors=True)
         self._made.add(name)
-        link = self._folder / "tmp.latest"
+        link, latest = self._folder / "tmp.latest", self._folder / "latest"
+        self._is_latest_folder = latest.is_dir() and not latest.is_symlink()
+        if self._is_latest_folder:
+            return
         link.unlink(missing_ok=True)
         link.symlink_to(max(self._made, key=lambda made: int(made.partition("-")[2])))
-        os.replace(link, self._folder / "latest")
+        os.replace(link, latest)
 
 
 def _name(path: str) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ def check_files(files: dict[str, str | os.PathLike]) -> Checked:
         DataUploadError: a file cannot be read, holds no task, or a line is not an object with a `question`; the
             file and the line are named.
     """
+    for path in files.values():
+        _check_can_be_read_twice(path)
     digest = hashlib.sha256()
     num_bytes = {}
     overlap = Overlap()
@@ -72,6 +75,19 @@ def check_files(files: dict[str, str | os.PathLike]) -> Checked:
             overlap.add(split, number, task)
         num_bytes[split] = file.num_bytes
     return Checked(num_bytes, digest.hexdigest(), overlap.report(files))
+
+
+def _check_can_be_read_twice(path: str | os.PathLike) -> None:
+    """For it is: once to be checked, once to be sent. A pipe would be empty by then."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
+        raise DataUploadError(
+            f"cannot read {os.fspath(path)} twice: not a regular file",
+            hint="write the tasks to a file first, and upload that",
+        )
 
 
 def read_chunks(files: dict[str, str | os.PathLike], num_bytes: dict[str, int]) -> Iterator[bytes]:

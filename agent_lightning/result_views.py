@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 
 from agent_lightning.types import EvalResult, TrainingResult
 
@@ -64,7 +65,10 @@ def evaluation_html(result: EvalResult) -> str:
 
 def _curves(result: TrainingResult) -> list[tuple[list[int], list[float]]]:
     """(steps, rewards) of the updates and of the evaluations; they begin at the model's step before the job."""
-    first = result.test_steps[0] if result.test_steps else 0
+    last = re.search(r"step-(\d+)$", result.checkpoints[-1] if result.checkpoints else "")
+    first = int(last[1]) - result.total_steps if last else 0  # there is a checkpoint after the last update
+    if result.test_steps:
+        first = result.test_steps[0]
     return [
         ([first + i + 1 for i in range(len(result.train_rewards))], result.train_rewards),
         (result.test_steps, result.test_rewards),

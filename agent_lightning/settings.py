@@ -18,21 +18,37 @@ def server_url(argument: str | None = None) -> str:
     Raises:
         InvalidConfigError: neither the argument nor AGENT_LIGHTNING_SERVER_URL is given, or it is not an HTTP URL.
     """
-    source, url = ("server_url", argument) if argument else (SERVER_URL, os.environ.get(SERVER_URL))
+    source, given = ("server_url", argument) if argument else (SERVER_URL, os.environ.get(SERVER_URL))
+    url = str(given or "").strip()
     if not url:
         raise InvalidConfigError(
             "no server URL",
             hint=f"set {SERVER_URL} to http://localhost:8000 or the like, or pass it as server_url= or --server-url",
         )
-    parts = urlsplit(str(url))
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise InvalidConfigError(f"{source}={url!r} is not a URL", hint="it looks like http://localhost:8000")
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+    except ValueError:  # of an IPv6 address without its end, of a port that is no number
+        is_url = False
+    if not is_url or " " in url:
+        raise InvalidConfigError(f"{source}={given!r} is not a URL", hint="it looks like http://localhost:8000")
     return url.rstrip("/")
 
 
 def api_key(argument: str | None = None) -> str | None:
-    """The API key, or None where the server needs none."""
-    return argument or os.environ.get(API_KEY) or None
+    """The API key, or None where the server needs none. White space around it, as a file's last line break, is no part.
+
+    Raises:
+        InvalidConfigError: no HTTP header can carry it; says where it came from, and never what it is.
+    """
+    source, key = ("api_key", argument) if argument else (API_KEY, os.environ.get(API_KEY))
+    key = str(key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidConfigError(
+            f"{source} has a character that no API key can have",
+            hint="letters, digits and punctuation of ASCII are good",
+        )
+    return key or None
 
 
 def max_retries(argument: int | None = None) -> int:

@@ -75,6 +75,18 @@ def test_a_copy_that_fails_is_tried_again_at_the_end_and_then_said(tmp_path, dow
     assert os.readlink(tmp_path / "latest") == "step-3"
 
 
+def test_a_folder_named_latest_is_left_alone_and_said_once(tmp_path, downloads):
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "config.json").write_text("mine")
+    copies = CheckpointCopies(tmp_path, downloads)
+    copies.add("/c/step-1")
+    copies.add("/c/step-2")
+    with pytest.warns(UserWarning, match="latest is a folder") as warned:
+        copies.finish(["/c/step-1", "/c/step-2"])
+    assert len(warned) == 1
+    assert found(tmp_path) == {"latest": "mine", "step-1": "step-1", "step-2": "step-2"}
+
+
 def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, downloads):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidConfigError, match="checkpoint_dir=.*file/sub' cannot be written"):

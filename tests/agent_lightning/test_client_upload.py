@@ -63,6 +63,13 @@ def test_a_bad_line_is_named_and_nothing_is_kept(served, files, line, says, spli
     assert served.store.dataset("kept") == []
 
 
+def test_a_pipe_is_refused_before_anything_is_read(served, files, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in ((str(tmp_path / "pipe"),), (files(GOOD), str(tmp_path / "pipe"))):
+        with pytest.raises(DataUploadError, match="cannot read .*pipe twice: not a regular file"):
+            Client(served.url).upload_data(*arguments)
+
+
 def questions(*texts, **fields) -> bytes:
     return b"".join(json.dumps({"question": text} | fields).encode() + b"\n" for text in texts)
 

@@ -129,6 +129,11 @@ def test_plot_draws_both_curves_over_the_models_step(backend, tmp_path):
     TrainingResult(math.nan).plot()
 
 
+def test_curves_of_a_later_job_without_test_tasks_begin_at_the_models_step(backend):
+    result = TrainingResult(0.2, train_rewards=[0.1, 0.2], checkpoints=["/run/checkpoints/step-50"], total_steps=2)
+    assert result.plot().axes[0].lines[0].get_xydata().tolist() == [[49, 0.1], [50, 0.2]]
+
+
 def test_without_matplotlib_plot_says_what_to_install(monkeypatch):
     real = builtins.__import__
 

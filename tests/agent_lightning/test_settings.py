@@ -1,8 +1,10 @@
 """Arguments win over variables, variables over defaults, and a bad one is named."""
 
+import re
+
 import pytest
 
-from agent_lightning import InvalidConfigError, settings
+from agent_lightning import Client, InvalidConfigError, settings
 
 
 def test_server_url(monkeypatch):
@@ -16,6 +18,33 @@ def test_server_url(monkeypatch):
     monkeypatch.setenv("AGENT_LIGHTNING_SERVER_URL", "nonsense")
     with pytest.raises(InvalidConfigError, match="AGENT_LIGHTNING_SERVER_URL='nonsense'"):
         settings.server_url()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://localhost:99999", "http://exa mple:80", "http://a\nb", "http://:80"]
+)
+def test_what_is_no_url_is_named(url):
+    with pytest.raises(InvalidConfigError, match=re.escape(f"server_url={url!r} is not a URL")):
+        Client(url)
+    with pytest.raises(InvalidConfigError, match="is not a URL"):
+        Client("http://xn--\u00fc.example")  # only the HTTP library knows
+
+
+def test_white_space_around_url_and_key_is_no_part_of_them(monkeypatch):
+    assert Client(" http://localhost:8000/\n").server_url == "http://localhost:8000"
+    assert settings.api_key("secret\n") == "secret"
+    monkeypatch.setenv("AGENT_LIGHTNING_API_KEY", "\n")
+    assert settings.api_key() is None
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "two\nlines"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key, monkeypatch):
+    with pytest.raises(InvalidConfigError, match="^api_key has a character") as caught:
+        Client("http://localhost:8000", api_key=key)
+    assert key not in str(caught.value) and key[:3] not in str(caught.value)
+    monkeypatch.setenv("AGENT_LIGHTNING_API_KEY", key)
+    with pytest.raises(InvalidConfigError, match="^AGENT_LIGHTNING_API_KEY has a character"):
+        Client("http://localhost:8000")
 
 
 def test_api_key(monkeypatch):
