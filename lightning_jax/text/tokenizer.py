@@ -242,7 +242,7 @@ class Tokenizer:
         except ValueError:
             return None
         ids = self.encode(text.rpartition(probe)[2].lstrip())
-        return ids[0] if ids and ids[0] in self._special else None
+        return ids[0] if ids and ids[0] in self._special.union(self._hf.all_special_ids) else None
 
 
 class StreamDecoder:

@@ -151,6 +151,18 @@ def test_what_is_listed_as_special_and_is_text_in_the_vocabulary_is_shown(chatml
     assert "<think>" in hf.all_special_tokens and hf.decode(ids, skip_special_tokens=True) == "<think>so"
 
 
+def test_a_turn_ends_with_a_token_that_is_only_listed_as_special(llama3_folder, tmp_path):
+    load_tokenizer(llama3_folder).save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    (end,) = [token for token in saved["added_tokens"] if token["content"] == "<|eot_id|>"]
+    end["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    listed = {"additional_special_tokens": ["<|eot_id|>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | listed))
+    assert end["id"] in load_tokenizer(tmp_path).eos_ids
+
+
 def test_a_template_of_its_own_for_tools(chatml_folder, llama3_folder, tmp_path):
     """Where there are two, transformers renders conversations with tools with that of the name "tool_use"."""
     from transformers import AutoTokenizer
