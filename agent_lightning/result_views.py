@@ -65,10 +65,11 @@ def evaluation_html(result: EvalResult) -> str:
 
 def _curves(result: TrainingResult) -> list[tuple[list[int], list[float]]]:
     """(steps, rewards) of the updates and of the evaluations; they begin at the model's step before the job."""
-    last = re.search(r"step-(\d+)$", result.checkpoints[-1] if result.checkpoints else "")
-    first = int(last[1]) - result.total_steps if last else 0  # there is a checkpoint after the last update
+    first = 0
     if result.test_steps:
         first = result.test_steps[0]
+    elif result.checkpoints and (last := re.search(r"step-(\d+)$", result.checkpoints[-1])):
+        first = int(last[1]) - result.total_steps  # there is a checkpoint after the last update
     return [
         ([first + i + 1 for i in range(len(result.train_rewards))], result.train_rewards),
         (result.test_steps, result.test_rewards),

@@ -155,7 +155,6 @@ class Policy:
         spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
         devices = 1 if self._mesh is None else self._mesh.size
         learner, algorithm = self._learner.settings, algorithms.settings_of(self._settings)
-        is_scored = algorithm.kl_in_reward or algorithm.importance_correction != "none"
         flops = utilization.update_flops(
             self.config,
             trained_tokens,
@@ -163,7 +162,7 @@ class Policy:
             only_adapters=self.trainable.lora_rank > 0,
             epochs=learner.epochs,
             has_critic=learner.critic == "copy",
-            forwards=is_scored * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
+            forwards=algorithm.needs_scores * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
         )
         share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices)
         return utilization.cache_metrics(spent) | share.metrics(spent, flops, sample_s, train_s)

@@ -166,27 +166,28 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    longest = hf["max_position_embeddings"]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind == "linear":
         return theta, RopeScaling(float(rope["factor"]))
     if kind == "llama3":
+        name = "original_max_position_embeddings"  # beside the scaling, in it, or nowhere
+        original = hf.get(name) or rope.get(name) or hf["max_position_embeddings"]
         return theta, RopeScaling(
             float(rope["factor"]),
             float(rope["low_freq_factor"]),
             float(rope["high_freq_factor"]),
-            int(hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest),
+            int(original),
         )
     raise InvalidConfigError(f"rope scaling {kind!r} is not supported", hint="supported: default, linear, llama3")
 
 
 def _sliding_window(hf: dict[str, Any]) -> int | None:
     """The window that all layers share."""
-    if hf["model_type"] == "mistral":
-        return hf.get("sliding_window")
     window = hf.get("sliding_window")
+    if hf["model_type"] == "mistral":
+        return window
     if window is None or hf["model_type"] == "llama" or not hf.get("use_sliding_window"):
         return None
     full_layers = min(hf.get("max_window_layers", 28), hf["num_hidden_layers"])

@@ -85,7 +85,10 @@ def model_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_config(path: str | pathlib.Path) -> LlamaConfig:
-    """The config alone, without reading weights. Raises as `load_model`."""
+    """The config alone, without reading weights, but for the two matrices that a tied model may store both of.
+
+    Raises as `load_model`.
+    """
     return _open(path)[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from lightning_jax.rl import advantages, credit, gae, losses, mismatch
+from lightning_jax.rl import advantages, credit, gae, losses, mismatch, packing
 from lightning_jax.rl.learner import Scores
 from lightning_jax.rl.trajectory import Row
 
@@ -40,6 +40,11 @@ class AlgorithmSettings:
     kl_estimator: str = "k1"
     importance_correction: str = "none"
     importance_cap: float = 2.0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the models are asked what they say of the rows, before the update."""
+        return self.kl_in_reward or self.importance_correction != "none"
 
 
 def settings_of(config: ml_collections.ConfigDict) -> AlgorithmSettings:
@@ -108,7 +113,7 @@ class Step:
 def prepare(settings: AlgorithmSettings, step: Step) -> tuple[list[Row], np.ndarray]:
     """The rows as `Learner.update` takes them, and [N] float32 advantages of those without advantages of their own."""
     rows = list(step.rows)
-    if rows and (settings.kl_in_reward or settings.importance_correction != "none"):
+    if rows and settings.needs_scores:
         scores = step.score(rows)
         kls = _kls(scores, settings.kl_estimator) if settings.kl_in_reward else [None] * len(rows)
         rows = [_scored(settings, *of_row) for of_row in zip(rows, scores, kls, strict=True)]
@@ -122,7 +127,7 @@ def prepare(settings: AlgorithmSettings, step: Step) -> tuple[list[Row], np.ndar
 def _kls(scores: Sequence[Scores], estimator: str) -> list[np.ndarray]:
     """[T] float32 of each row, of all rows at once and at a power of two tokens: JAX compiles for each new shape."""
     ends = np.cumsum([len(score.logprob) for score in scores])
-    both = np.zeros((2, 1 << int(ends[-1] - 1).bit_length()), np.float32)
+    both = np.zeros((2, packing.block_length(int(ends[-1]), minimum=1)), np.float32)
     both[:, : ends[-1]] = np.concatenate([[score.logprob, score.reference_logprob] for score in scores], axis=1)
     return np.split(np.asarray(losses.kl_divergence(*both, estimator)), ends)[: len(scores)]
 
