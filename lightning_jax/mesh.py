@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -198,4 +199,5 @@ def on_own_rows(function: Callable, weights: Any, *arrays: jax.Array) -> Any:
     of_rows = jax.shard_map(
         function, in_specs=in_specs, out_specs=PartitionSpec(divided), axis_names=set(divided), check_vma=False
     )
-    return of_rows(weights, *arrays)
+    # Copies, which XLA does not make: JAX 0.12 adds no gradient of what is not divided to a `Ref` (`update.accumulate`)
+    return of_rows(jax.tree.map(jnp.copy, weights), *arrays)
