@@ -312,7 +312,7 @@ def _decode_shapes(
     The copy pays on CPU. It must not be larger than all pages together, but for what its length is rounded up; where it
     would be, the pages are read, by one program for all lengths.
     """
-    block = max(kv_cache.BLOCK_TOKENS, page_size)
+    block = kv_cache.block_length(page_size)
     needed = -(-max_seq_len // page_size)
     longest = -(-max_seq_len // block) * block
     lengths = [length for length in (64, 128, 256, *(4**i for i in range(5, 12))) if length >= page_size]

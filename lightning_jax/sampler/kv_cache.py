@@ -205,10 +205,10 @@ def _visit_pages(
     sliding_window: int | None,
 ) -> jax.Array:
     """`prefill_attention` of some rows by XLA's own operations, [B, T, K, G, h] float32."""
-    end = jnp.max(jnp.where(valid_bt, position_bt, 0)) + 1
+    end_b = jnp.max(jnp.where(valid_bt, position_bt, 0), axis=1) + 1
     page_size = pages.k.shape[1]
-    block_pages = max(1, BLOCK_TOKENS // page_size)
-    block = block_pages * page_size
+    block = block_length(page_size)
+    block_pages = block // page_size
     table_bp = jnp.pad(page_table_bp, ((0, 0), (0, -page_table_bp.shape[1] % block_pages)))
     b, t, k, g, h = q_btkgh.shape
 
@@ -217,22 +217,23 @@ def _visit_pages(
         block_table_bp = jax.lax.dynamic_slice_in_dim(table_bp, i * block_pages, block_pages, axis=1)
         dense = gather(pages, block_table_bp)
         key_s = i * block + jnp.arange(block, dtype=jnp.int32)
+        v_bksw = _no_values_after(dense.v, key_s, end_b)
         mask_bts = _mask(position_bt, key_s, sliding_window)
         score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
         new_max_bkgt = jnp.maximum(max_bkgt, jnp.ceil(jnp.max(score_bkgts, axis=-1)))
         scale_bkgt = _power_of_two(max_bkgt - new_max_bkgt)
         weight_bkgts = jnp.exp2(score_bkgts - new_max_bkgt[..., None])
         sum_bkgt = sum_bkgt * scale_bkgt + jnp.sum(weight_bkgts, axis=-1)
-        out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, dense.v)[..., :h]
+        out_bkgth = out_bkgth * scale_bkgt[..., None] + _weighted(weight_bkgts, v_bksw)[..., :h]
         return out_bkgth, new_max_bkgt, sum_bkgt
 
     zeros_bkgt = jnp.zeros((b, k, g, t), jnp.float32)
     carry = (jnp.zeros((b, k, g, t, h), jnp.float32), zeros_bkgt + _LOWEST, zeros_bkgt)
-    out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-end // block), visit, carry)
+    out_bkgth, _, sum_bkgt = jax.lax.fori_loop(0, -(-jnp.max(end_b) // block), visit, carry)
     return jnp.moveaxis(out_bkgth * (1.0 / sum_bkgt)[..., None], 3, 1)
 
 
-def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Attend:
+def decode_attention(position_b: jax.Array, sliding_window: int | None, page_size: int) -> Attend:
     """Attention of one token of each row over the dense copy, which the token is added to.
 
     The arithmetic is `prefill_attention`'s, block for block, so that both give the same to the last bit where the
@@ -242,6 +243,7 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
         position_b: [B] int32, each token's position in its row. A row that has stopped may be one past the copy; its
             write is dropped.
         sliding_window: positions that a query sees, itself included; None for all.
+        page_size: of the pages that the copy is of.
 
     Returns:
         An `attend` for `llama.forward`, whose cache is a list of `Dense`.
@@ -254,7 +256,7 @@ def decode_attention(position_b: jax.Array, sliding_window: int | None) -> Atten
             dense.v.at[row_b, :, position_b].set(_pad(v_btkh[:, 0]).astype(dense.v.dtype), mode="drop"),
         )
         b, k, h, length = dense.k.shape
-        block = min(length, BLOCK_TOKENS)
+        block = min(length, block_length(page_size))
         blocks = length // block
         mask_bts = _mask(position_b[:, None], jnp.arange(length, dtype=jnp.int32), sliding_window)
         score_bkgts = jnp.where(mask_bts[:, None, None], _scores(q_btkgh, dense.k), _MASKED)
@@ -293,14 +295,18 @@ def init_dense(
     ]
 
 
-def load(pages: Pages, dense: Dense, page_table_bp: jax.Array, load_b: jax.Array) -> Dense:
-    """Copies the pages of some rows into the dense copy; `load_b` begins with their indices and goes on with -1."""
+def load(pages: Pages, dense: Dense, page_table_bp: jax.Array, load_b: jax.Array, length_b: jax.Array) -> Dense:
+    """Copies the pages of some rows into the dense copy, as far as the rows go, [B] int32 positions.
+
+    `load_b` begins with these rows' indices and goes on with -1.
+    """
 
     def row(i: jax.Array, dense: Dense) -> Dense:
         new = gather(pages, page_table_bp[load_b[i]][None])
+        v_bksw = _no_values_after(new.v, jnp.arange(new.v.shape[2], dtype=jnp.int32), length_b[load_b[i]][None])
         return Dense(
             jax.lax.dynamic_update_slice_in_dim(dense.k, new.k, load_b[i], axis=0),
-            jax.lax.dynamic_update_slice_in_dim(dense.v, new.v, load_b[i], axis=0),
+            jax.lax.dynamic_update_slice_in_dim(dense.v, v_bksw, load_b[i], axis=0),
         )
 
     return jax.lax.fori_loop(0, jnp.sum(load_b >= 0), row, dense)
@@ -326,6 +332,16 @@ def write_back(
     k_btkh = dense.k.at[row_b1, :, :, index_bt].get(mode="promise_in_bounds")
     v_btkh = dense.v.at[row_b1, :, index_bt].get(mode="promise_in_bounds")[..., : pages.v.shape[-1]]
     return write(pages, page_table_bp, position_bt, inside_bt, k_btkh, v_btkh)
+
+
+def block_length(page_size: int) -> int:
+    """Keys that are attended to at a time, whole pages."""
+    return max(BLOCK_TOKENS, page_size)
+
+
+def _no_values_after(v_bksw: jax.Array, key_s: jax.Array, end_b: jax.Array) -> jax.Array:
+    """Zeros where a row has not been: pages are not cleared, and a weight of 0 makes NaN of what is not finite."""
+    return jnp.where((key_s < end_b[:, None])[:, None, :, None], v_bksw, 0)
 
 
 def _mask(position_bt: jax.Array, key_s: jax.Array, sliding_window: int | None) -> jax.Array:

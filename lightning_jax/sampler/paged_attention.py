@@ -165,7 +165,9 @@ def _kernel(
         score_xs = jnp.where(is_seen_xs, score_xs, _MASKED)
         new_x = jnp.maximum(most_x, score_xs.max(axis=1))
         kept_x, weight_xs = jnp.exp2(most_x - new_x), jnp.exp2(score_xs - new_x[:, None])
-        more_xh = triton.dot(weight_xs.astype(v_ref.dtype), v_ref[of_keys])
+        # Where the row has not been, a page may hold what is not finite, which a weight of 0 would not make 0.
+        v_sh = triton.load(v_ref.at[of_keys], mask=(key_s < start + length)[:, None], other=0.0)
+        more_xh = triton.dot(weight_xs.astype(v_ref.dtype), v_sh)
         return out_xh * kept_x[:, None] + more_xh, new_x, sum_x * kept_x + weight_xs.sum(axis=1)
 
     zeros_x = jnp.zeros(tile, jnp.float32)

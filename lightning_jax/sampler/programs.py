@@ -235,7 +235,7 @@ def decode(
                 page_table_bp, position_b[:, None], active_b[:, None], config.sliding_window
             )
         else:
-            attend = kv_cache.decode_attention(position_b, config.sliding_window)
+            attend = kv_cache.decode_attention(position_b, config.sliding_window, pages[0].k.shape[1])
         rope = jax.tree.map(lambda x_bth: jax.lax.dynamic_slice_in_dim(x_bth, i, 1, axis=1), rope_bth)
         x_btd, cache = llama.forward(params, config, token_b[:, None], position_b[:, None], attend, cache, rope=rope)
         logits_bv = llama.unembed(params, config, x_btd[:, 0])
@@ -254,7 +254,7 @@ def decode(
 
     cache = pages
     if dense is not None:
-        cache = [kv_cache.load(*layer, page_table_bp, load_b) for layer in zip(pages, dense, strict=True)]
+        cache = [kv_cache.load(*layer, page_table_bp, load_b, start_b) for layer in zip(pages, dense, strict=True)]
     shape = (slot_b.shape[0], steps)
     carry = (0, rows[:, TOKEN], start_b, rows[:, REMAINING], cache)
     carry += (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), top_btn)

@@ -389,6 +389,8 @@ class Scheduler:
 
     def _send_back(self, sequence: Sequence) -> None:
         self._release(sequence)
+        if not sequence.logprobs:  # it has nothing of what it was admitted for
+            sequence.policy_version, sequence.cached_tokens = None, 0
         self._preempted.appendleft(sequence)
         self._num_waiting += 1
 
@@ -396,8 +398,6 @@ class Scheduler:
         while sequence.followers:
             follower = sequence.followers[-1]
             self._send_back(follower)
-            if not follower.logprobs:  # it has nothing of what it was admitted for
-                follower.policy_version, follower.cached_tokens = None, 0
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None

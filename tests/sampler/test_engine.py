@@ -16,7 +16,7 @@ import pytest
 
 from lightning_jax.model import llama, weights
 from lightning_jax.model.attention import segment_attention
-from lightning_jax.sampler import programs
+from lightning_jax.sampler import kv_cache, programs
 from lightning_jax.sampler.engine import QueueFull, Request, SamplingParams, noise_key
 from lightning_jax.sampler.scheduler import PrefillShape
 from tests.sampler.conftest import SMALL, Model, Runner, random_model, run
@@ -322,6 +322,41 @@ def test_published_weights_are_used_at_once_and_old_prefixes_forgotten(small, pr
     before = run(small.engine(), [("across", prompts[2], sampling)])["across"].token_ids
     common = [a == b for a, b in zip(done["across"].token_ids, before, strict=True)]
     assert common[0] and not all(common)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_pages": 18}], ids=["decoding copies pages", "decoding reads them"])
+def test_what_was_not_finite_is_nothing_to_later_requests(small, prompts, expected, changes):
+    engine = small.engine(**changes)
+    engine.publish(jax.tree.map(lambda leaf: leaf * jnp.nan, small.params), version=1)
+    diverged = run(engine, [(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
+    assert {completion.finish_reason for completion in diverged.values()} == {"error"}
+    engine.publish(small.params, version=2)
+    for request in mixed_requests(prompts):
+        assert_same(run(engine, [request]), expected)
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_decoding_sums_as_prefill_does_whatever_the_pages(page_size):
+    rng, heads, rows, length = np.random.default_rng(0), (2, 2, 64), 16, 256
+    k, g, h = heads
+    shape = rows * length // page_size + 1, page_size, k, h
+    pages = kv_cache.Pages(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2)))
+    table_bp = jnp.arange(1, shape[0], dtype=jnp.int32).reshape(rows, -1)
+    position_b, row_b = jnp.arange(rows, dtype=jnp.int32) * 15, jnp.arange(rows, dtype=jnp.int32)
+    q, new_k, new_v = (jnp.asarray(rng.standard_normal((rows, 1, *s)), jnp.float32) for s in (heads, (k, h), (k, h)))
+
+    def both(pages):
+        attend = kv_cache.prefill_attention(table_bp, position_b[:, None], jnp.ones((rows, 1), bool), None)
+        dense = kv_cache.Dense(jnp.zeros((rows, k, h, length)), jnp.zeros((rows, k, length, h)))
+        dense = kv_cache.load(pages, dense, table_bp, row_b, position_b)
+        return attend(q, new_k, new_v, pages)[0], kv_cache.decode_attention(position_b, None, page_size)(
+            q, new_k, new_v, dense
+        )[0]
+
+    on_pages, on_copy = jax.jit(both, compiler_options=programs.compiler_options("cpu"))(pages)
+    np.testing.assert_allclose(on_copy, on_pages, atol=1e-5)
+    if EXACT:
+        np.testing.assert_array_equal(on_copy, on_pages)
 
 
 def test_the_engine_keeps_its_own_copy_of_the_weights(small, prompts):

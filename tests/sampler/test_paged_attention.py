@@ -21,13 +21,20 @@ PAGE = 16
 
 
 def case(starts, lengths, chunk, heads, dtype=jnp.float32):
-    """Pages that hold what comes before `starts`, in a random order, and a chunk of queries, keys and values."""
+    """Pages that hold what comes before `starts`, in a random order, and a chunk of queries, keys and values.
+
+    Behind that their values are not numbers, as an earlier request may have left them.
+    """
     k, g, h = heads
     rows, pages_per_row = len(starts), -(-max(map(sum, zip(starts, lengths, strict=True))) // PAGE)
     rng = np.random.default_rng(0)
     table = jnp.asarray(1 + rng.permutation(rows * pages_per_row).reshape(rows, pages_per_row), jnp.int32)
     shape = rows * pages_per_row + 1, PAGE, k, h
-    pages = kv_cache.Pages(*(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)))
+    k_pskh, v_pskh = rng.standard_normal((2, *shape))
+    for row, start in enumerate(starts):
+        after = np.arange(pages_per_row * PAGE).reshape(-1, PAGE) >= start
+        v_pskh[table[row]] = np.where(after[..., None, None], np.nan, v_pskh[table[row]])
+    pages = kv_cache.Pages(jnp.asarray(k_pskh, dtype), jnp.asarray(v_pskh, dtype))
     position = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(chunk, dtype=jnp.int32)
     valid = jnp.arange(chunk) < jnp.asarray(lengths)[:, None]
     new = [jnp.asarray(rng.standard_normal((rows, chunk, *s)), dtype) for s in [(k, g, h), (k, h), (k, h)]]

@@ -239,6 +239,16 @@ def test_the_youngest_is_preempted_and_comes_back_first_with_its_tokens():
     assert members[0].admitted_at == 0, "the oldest is never sent back"
 
 
+def test_who_is_preempted_before_its_first_token_has_the_version_that_it_begins_with():
+    scheduler = make()
+    for name in "ab":
+        scheduler.add(sequence(name, [ord(name)] * 9))
+    scheduler.admit(policy_version=1)
+    preempted = scheduler.preempt()
+    scheduler.admit(policy_version=2)
+    assert {member.policy_version for member in scheduler.running.values()} == {1, 2} and preempted.policy_version == 2
+
+
 def test_too_few_pages_for_one_sequence_are_refused():
     with pytest.raises(ValueError, match="at least 8 pages"):
         make(num_pages=7)
