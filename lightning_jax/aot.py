@@ -19,7 +19,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import gpu, hlo_costs
 from lightning_jax import mesh as mesh_lib
 from lightning_jax.model import llama, lora
-from lightning_jax.rl import offload, packing, update
+from lightning_jax.rl import critic, offload, packing, update
 from lightning_jax.sampler import kv_cache, programs
 
 
@@ -99,7 +99,7 @@ def compile_learner(
     blocks: int,
     length: int,
 ) -> dict[str, Any]:
-    """`update.accumulate` for a micro-batch of [blocks, length] tokens, and `update.apply`, compiled.
+    """`update.accumulate` for a micro-batch of [blocks, length] tokens, and `update.apply`, compiled; a critic's too.
 
     Returns:
         `jax.stages.Compiled` by the programs' names.
@@ -119,15 +119,26 @@ def compile_learner(
         reference = frozen if settings.trainable.lora_rank else whole
     if "reference" in offload.parts(settings):
         reference, batch = None, batch.replace(reference_logprob_bt=batch.advantage_bt)  # of that shape
+    if settings.critic:
+        batch = batch.replace(value_bt=batch.advantage_bt, value_target_bt=batch.advantage_bt)
     num_tokens = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     statics = {"config": config, "settings": settings, "mesh": mesh}
     with jax.set_mesh(mesh):
-        return {
+        lowered = {
             "accumulate": update.accumulate.lower(
                 totals, state.params, reference, batch, num_tokens, frozen, **statics
-            ).compile(),
-            "apply": update.apply.lower(state, totals, num_tokens, **statics).compile(),
+            ),
+            "apply": update.apply.lower(state, totals, num_tokens, **statics),
         }
+        if settings.critic:
+            value, values = _abstract_critic(config, settings, state.params, mesh)
+            lowered |= {
+                "critic.accumulate": critic.accumulate.lower(
+                    values, value.params, state.params, batch, num_tokens, frozen, **statics
+                ),
+                "critic.apply": critic.apply.lower(value, values, num_tokens, **statics),
+            }
+        return {name: program.compile() for name, program in lowered.items()}
 
 
 def compile_decode(config: llama.LlamaConfig, shapes: SamplerShapes, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -191,6 +202,18 @@ def bytes_per_device(tree: Any) -> int:
 def _abstract_totals(params: llama.Params, mesh: jax.sharding.Mesh) -> update.Totals:
     totals = jax.eval_shape(update.zero_totals, params)
     return update.Totals(params, _whole(totals.sums, mesh), _whole(totals.maxima, mesh))
+
+
+def _abstract_critic(
+    config: llama.LlamaConfig, settings: update.LearnerSettings, policy: llama.Params, mesh: jax.sharding.Mesh
+) -> tuple[critic.CriticState, critic.CriticTotals]:
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(functools.partial(critic.init_state, settings, config), policy),
+        critic.state_shardings(config, settings, mesh),
+    )
+    scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    return state, critic.CriticTotals(state.params, scalar, scalar)
 
 
 def _unstacked(layers: dict[str, Any], num_layers: int) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import aot, memory, mesh
 from lightning_jax import config as config_lib
-from lightning_jax import memory
 from lightning_jax.model import llama, lora, shapes
 from lightning_jax.policies import Policies
 from lightning_jax.rl import critic, update
@@ -129,6 +129,25 @@ def test_of_the_layers_there_is_no_second_gradient_and_no_copy_in_another_dtype(
     compiled = update.accumulate.lower(*arguments, config=model, settings=learner).compile().memory_analysis()
     layers = sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) * jnp.dtype(dtype).itemsize
     assert compiled.temp_size_in_bytes < layers / 2
+
+
+def test_of_a_critics_layers_there_is_no_second_gradient():
+    model = dataclasses.replace(TINY, num_layers=16)
+    learner = learner_settings(settings(algorithm__name="ppo", runtime__remat="full"), jnp.dtype("float32"))
+    params = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(critic.init_state, learner, model), params)
+    totals = jax.eval_shape(critic.zero_totals, state.params)
+    batch = empty_blocks(1, 64)
+    batch = batch.replace(value_bt=batch.advantage_bt, value_target_bt=batch.advantage_bt)
+    arguments = totals, state.params, params, batch, jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = critic.accumulate.lower(*arguments, config=model, settings=learner).compile().memory_analysis()
+    assert compiled.temp_size_in_bytes < sum(leaf.size * 4 for leaf in jax.tree.leaves(params["layers"])) / 2
+
+
+def test_a_compiled_plan_knows_the_critics_programs():
+    learner = learner_settings(settings(algorithm__name="ppo"), jnp.dtype("float32"))
+    compiled = aot.compile_learner(TINY, learner, mesh.make_mesh(1, 1, 1), blocks=1, length=64)
+    assert {"critic.accumulate", "critic.apply"} < set(compiled)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,8 @@ def accumulate(
             value_clip=settings.value_clip,
         )
 
-    (value, clipped), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    grads = jax.tree.map(jnp.add, totals.grads, grads)
+    value, backward, clipped = jax.vjp(loss, params, has_aux=True)
+    grads = update.add_gradient(totals.grads, backward, value, in_place=frozen is None)
     if mesh is not None:
         grads = jax.lax.with_sharding_constraint(grads, param_shardings(config, settings, mesh))
     return CriticTotals(grads=grads, loss=totals.loss + value, clipped=totals.clipped + clipped)

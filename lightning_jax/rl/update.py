@@ -9,6 +9,7 @@ what masters, gradients and optimizer state are of; the rest stays in the comput
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -205,14 +206,7 @@ def accumulate(
         return loss, scalars | {"on_policy": jnp.sum(compared_bt, dtype=jnp.float32)}
 
     value, backward, scalars = jax.vjp(loss, params, has_aux=True)
-    if frozen is None:
-        # Each layer's gradient is added in its place, and is nowhere else. Not where some of a layer's parameters do
-        # not learn: between those that the scan over layers takes as they are and others, JAX 0.10 mixes up.
-        refs = jax.tree.map(jax.new_ref, totals.grads)
-        backward.with_refs(refs)(jnp.ones_like(value))
-        grads = jax.tree.map(jax.freeze, refs)
-    else:
-        grads = jax.tree.map(jnp.add, totals.grads, *backward(jnp.ones_like(value)))
+    grads = add_gradient(totals.grads, backward, value, in_place=frozen is None)
     if mesh is not None:
         grads = jax.lax.with_sharding_constraint(grads, trained_shardings(config, settings, mesh))
     return Totals(
@@ -220,6 +214,20 @@ def accumulate(
         sums={name: total + scalars.get(name, 0.0) for name, total in totals.sums.items()},
         maxima={name: jnp.maximum(largest, scalars[name]) for name, largest in totals.maxima.items()},
     )
+
+
+def add_gradient(totals: Any, backward: Callable, value: jax.Array, *, in_place: bool) -> Any:
+    """The totals and what `backward`, of `jax.vjp`, finds as the gradient of the scalar `value`.
+
+    In place each layer's gradient is added where its total is, and is nowhere else. That cannot be where some of a
+    layer's parameters do not learn: between those that the scan over layers takes as they are and others, JAX 0.10
+    mixes up.
+    """
+    if not in_place:
+        return jax.tree.map(jnp.add, totals, *backward(jnp.ones_like(value)))
+    refs = jax.tree.map(jax.new_ref, totals)
+    backward.with_refs(refs)(jnp.ones_like(value))
+    return jax.tree.map(jax.freeze, refs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"), donate_argnames="state")
