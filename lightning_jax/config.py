@@ -342,23 +342,28 @@ def merge(
     config = default_config()
     sources = {}
 
-    def given() -> Iterator[tuple[str, Any, str]]:
+    def from_file() -> Iterator[tuple[str, Any, str]]:
         default = dict(flatten(config))
         for key, value in flatten(base or {}):
             if key not in default or value != default[key]:
                 yield key, value, _python_source(base_path, key) if base_path else "config file"
-        if yaml_path:
-            yield from _yaml_settings(yaml_path, settings)
-        yield from _environment_settings(os.environ if environ is None else environ)
-        for key, value in (flag_overrides or {}).items():
-            yield key, value, f"flag {cli.flag_of(key)}"
 
-    for key, value, source in list(given()):
-        value = typed(key, find_setting(key, settings, source), value, source)
-        if key.startswith("models."):
-            config_models.add(config, default_config(), key.split(".")[1])
-        config.update_from_flattened_dict({key: value})
-        sources[key] = source
+    given = (
+        list(from_file()),
+        list(_yaml_settings(yaml_path, settings)) if yaml_path else [],
+        list(_environment_settings(os.environ if environ is None else environ)),
+        [(key, value, f"flag {cli.flag_of(key)}") for key, value in (flag_overrides or {}).items()],
+    )
+    for of_source in given:
+        for key, value, source in of_source:
+            value = typed(key, find_setting(key, settings, source), value, source)
+            if key.startswith("models."):
+                config_models.add(config, default_config(), key.split(".")[1])
+            config.update_from_flattened_dict({key: value})
+            sources[key] = source
+        keys = {key for key, _, _ in of_source}
+        if "algorithm.learning_rate" in keys and "algorithm.actor_lr" not in keys:
+            config.algorithm.actor_lr = None  # a lower source's, which would count for more
     config.models.lock()
     config.workdir = config.workdir.replace("{seed}", str(config.seed))
     validate(config, sources)

@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 from lightning_jax import config_algorithm
+from lightning_jax.rl.settings import learner_settings
 
 REFERENCE_YAML = """\
 # server_config.yaml
@@ -93,6 +95,18 @@ def test_flag_beats_environment_beats_yaml_beats_file_beats_default(tmp_path):
         sources[name] = {} if name != "yaml_path" else None
         expected -= 8
     assert config_lib.merge(**sources).runtime.batch_size == default
+
+
+def test_a_learning_rate_counts_for_more_than_a_lower_sources_actor_lr():
+    base = {"algorithm": {"name": "ppo", "learning_rate": 1e-4, "actor_lr": 2e-4}}
+
+    def rate(environ={}, **flags):
+        config = config_lib.merge(base, environ=environ, flag_overrides={f"algorithm.{k}": v for k, v in flags.items()})
+        return learner_settings(config, jnp.dtype("float32")).learning_rate
+
+    assert rate() == 2e-4
+    assert rate(learning_rate=5e-5) == rate({"LIGHTNING_LEARNING_RATE": "5e-5"}) == 5e-5
+    assert rate({"LIGHTNING_LEARNING_RATE": "5e-5"}, actor_lr=3e-5) == rate(learning_rate=5e-5, actor_lr=3e-5) == 3e-5
 
 
 @pytest.mark.parametrize(
