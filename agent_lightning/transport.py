@@ -79,7 +79,7 @@ class Transport:
             max_retries: instead of the transport's own.
 
         Raises:
-            ServerConnectionError: no usable answer after all retries.
+            ServerConnectionError: no usable answer after all retries, or something else than the server answers.
             KeyRefusedError: the API key was refused; this is a ServerConnectionError too.
             AgentLightningError: the server's own error, as the class it names.
         """
@@ -94,7 +94,7 @@ class Transport:
                 failure = self._unreachable(error)
             else:
                 if response.is_success:
-                    return response.json()
+                    return self._decoded(response)
                 failure = _error_from(response)
                 if response.status_code not in RETRY_STATUS:
                     raise failure
@@ -126,6 +126,15 @@ class Transport:
 
     def close(self) -> None:
         self._http.close()
+
+    def _decoded(self, response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            raise exceptions.ServerConnectionError(
+                f"something else answers at {self.server_url}: its reply to {response.request.url.path} is not JSON",
+                hint="correct the URL; a proxy or another program may be listening there",
+            ) from error
 
     def _unreachable(self, error: Exception) -> exceptions.ServerConnectionError:
         wrapped = exceptions.ServerConnectionError(

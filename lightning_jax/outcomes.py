@@ -10,6 +10,9 @@ import numpy as np
 from agent_lightning.exceptions import TrainingError
 from lightning_jax.store import CallRecord, RolloutRecord
 
+# Of the files in a worker's stack: Python's own, installed packages, and what calls the agent.
+_NOT_THE_AGENTS = re.compile(r"^<frozen |/lib\d*/python3|/agent_lightning/(agent_source|worker|runtime/\w+)\.py$")
+
 
 def total_reward(record: RolloutRecord) -> float:
     """What the agent returned plus what its calls earned on the way; NaN for a failed rollout."""
@@ -108,15 +111,21 @@ def completion_metrics(calls: list[CallRecord]) -> dict[str, float]:
 
 
 def first_failure(records: list[RolloutRecord]) -> str | None:
-    """Of the first failed rollout the task, the cause, the error and the line where it was raised, in one line."""
+    """Of the first failed rollout the task, the cause, the error and the line where it was raised, in one line.
+
+    Of a rollout that hung or crashed it is the agent's line that the worker was at, if the worker printed its stack.
+    """
     failed = next((record for record in records if record.status == "failed"), None)
     if failed is None:
         return None
     error = (failed.error or "").partition("\n")[0][:500]
-    frames = re.findall(r'File "(.*?)", line (\d+)(?:, in (\S+))?', failed.traceback or "")
+    trace = failed.traceback or ""
+    raised = re.findall(r'File "(.*?)", line (\d+)(?:, in (\S+))?', trace)[-1:]
+    stack = re.findall(r'File "(.*?)", line (\d+) in (\S+)', trace)  # faulthandler's: the innermost frame comes first
+    frames = [frame for frame in stack if not _NOT_THE_AGENTS.search(frame[0])] or stack or raised
     where = ""
     if frames:
-        path, line, function = frames[-1]
+        path, line, function = frames[0]
         where = f" ({path}, line {line}{f', in {function}' if function else ''})"
     return f"{failed.task_id}: {failed.cause}: {error}{where}"
 

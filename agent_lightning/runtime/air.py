@@ -26,6 +26,7 @@ does before the first model call earns nothing.
 
 import json
 import logging
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -140,14 +141,14 @@ def is_failure(content: str) -> bool:
     """Whether a tool result's text, as the model is shown it, says that the tool failed.
 
     The wire has no field for it but Anthropic's `is_error`, which the server turns into the prefix "Error: ". So this
-    goes by what frameworks and agents write: a text that begins with "Error" (as a word), with "Traceback (most recent
-    call last)" or with "An error occurred while running the tool", or a JSON object whose `error`, `is_error` or
-    `isError` is true or not empty.
+    goes by what frameworks and agents write: a text that begins with "Error" (as a word, so not "error_rate" or
+    "Error-free"), with "Traceback (most recent call last)" or with "An error occurred while running the tool", or a
+    JSON object whose `error`, `is_error` or `isError` is true or not empty.
     """
     start = content.lstrip()[:64].lower()
     if start.startswith(("traceback (most recent call last)", "an error occurred while running the tool")):
         return True
-    if start.startswith("error") and not start[5:6].isalpha():
+    if re.match(r"error(?![_-]?[^\W\d_])", start):
         return True
     if start.startswith("{"):
         try:

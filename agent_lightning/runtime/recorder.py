@@ -20,6 +20,7 @@ from agent_lightning.runtime import air
 MAX_SPANS = 500
 MAX_SPAN_CHARS = 16_000
 MAX_SPANS_CHARS = 1_000_000
+MAX_TEXT_CHARS = 20_000  # where the server cuts the results that it tells of
 _TRIES = 3
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Observation:
         call_index: the model call that had ended last when it began; None if there was none.
         nested: whether it ran inside another tool.
         tool_call_id: if the model's own id for it is known.
-        texts: how its output may look in a request.
+        texts: how its output may look in a request, cut at MAX_TEXT_CHARS.
         rewards: (rule, reward) that it earned.
         ended: whether `rewards` is complete.
     """
@@ -178,13 +179,14 @@ def match(observations: list[Observation], results: list[dict]) -> dict[Observat
 
     Returns:
         For each observation at most one result, and none twice; the surest pairs first: the same name and text, then
-        the same name after the same call, then, since an agent may call a function by another name than the model does,
-        the same call.
+        the same name after the same call, then the same name alone, as an agent may send an output in other words and
+        ask the model in between, then, since it may call a function by another name than the model does, the same call.
     """
     tests = (
         lambda o, r: o.name == r["name"] and o.call_index == r["call_index"] and r["content"] in o.texts,
         lambda o, r: o.name == r["name"] and r["content"] in o.texts,
         lambda o, r: o.name == r["name"] and o.call_index == r["call_index"],
+        lambda o, r: o.name == r["name"],
         lambda o, r: o.call_index == r["call_index"] and not o.nested,
     )
     known = {observation.tool_call_id for observation in observations}
@@ -203,11 +205,12 @@ def match(observations: list[Observation], results: list[dict]) -> dict[Observat
 
 def _texts(output: Any) -> tuple[str, ...]:
     if isinstance(output, str):
-        return (output,)
+        return (output[:MAX_TEXT_CHARS],)
     try:
-        return str(output), json.dumps(output), json.dumps(output, ensure_ascii=False)
+        texts = str(output), json.dumps(output), json.dumps(output, ensure_ascii=False)
     except Exception:
         return ()
+    return tuple(text[:MAX_TEXT_CHARS] for text in texts)
 
 
 # ---- the rollout in hand ----

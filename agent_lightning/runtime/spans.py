@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def _otlp_export() -> SpanProcessor | None:
 
 
 class RolloutSpans(SpanProcessor):
-    """Hands every span that has ended to the rollout's recorder, and on to the exporter if there is one.
+    """Hands every span that ended within its rollout to the recorder, and all on to the exporter if there is one.
 
     Attributes:
         settings: which spans, and how much of them.
@@ -107,7 +108,9 @@ class RolloutSpans(SpanProcessor):
         self.attributes: dict[str, Any] = {}
         self._export = export
         self._lock = threading.Lock()
-        self._begun: dict[int, tuple[str, Recorder, Observation]] = {}  # spans that may be tools, by their id
+        # By span id; weak because some spans never end.
+        self._rollouts: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
+        self._begun: dict[int, tuple[str, Observation]] = {}  # spans that may be tools, by their id
         self._claimed: dict[int, list[Observation]] = {}
 
     def claim(self, observation: Observation) -> None:
@@ -119,7 +122,7 @@ class RolloutSpans(SpanProcessor):
         with self._lock:
             named = [
                 span_id
-                for span_id, (name, *_) in self._begun.items()
+                for span_id, (name, _) in self._begun.items()
                 if name == observation.name and not self._claimed.get(span_id)
             ]
             for span_id in {*named[-1:], current} & self._begun.keys():
@@ -128,8 +131,12 @@ class RolloutSpans(SpanProcessor):
     def on_start(self, span, parent_context=None) -> None:
         span.set_attributes(self.attributes)
         rollout = recorder.current()
+        if rollout is None:
+            return
+        with self._lock:
+            self._rollouts[span.context.span_id] = rollout
         # Some instrumentors say only at the end which kind of span it was.
-        if rollout is None or _DECORATED in span.attributes or _kind(span.attributes) not in ("TOOL", None):
+        if _DECORATED in span.attributes or _kind(span.attributes) not in ("TOOL", None):
             return
         if not self.settings.trace_tool_calls:
             return
@@ -137,23 +144,24 @@ class RolloutSpans(SpanProcessor):
         observation = rollout.begin(span.name, nested=True)
         if observation is not None:
             with self._lock:
-                self._begun[span.context.span_id] = (span.name, rollout, observation)
+                self._begun[span.context.span_id] = (span.name, observation)
 
     def on_end(self, span: ReadableSpan) -> None:
         kind = _kind(span.attributes)
         with self._lock:
+            rollout = self._rollouts.pop(span.context.span_id, None)
             begun = self._begun.pop(span.context.span_id, None)
             claimed = self._claimed.pop(span.context.span_id, [])
-        if begun is not None and kind == "TOOL":
-            _observe(span, *begun[1:], claimed)
+        running = rollout is not None and rollout is recorder.current()
+        if running and begun is not None and kind == "TOOL":
+            _observe(span, rollout, begun[1], claimed)
         if (kind == "LLM" and not self.settings.trace_llm_calls) or (
             kind == "TOOL" and not self.settings.trace_tool_calls
         ):
             return
         if not self.settings.trace_context:
             span = _without_content(span)
-        rollout = recorder.current()
-        if rollout is not None:
+        if running:
             rollout.add_span(_event(span, kind))
         if self._export is not None:
             self._export.on_end(span)
@@ -309,6 +317,13 @@ def _plain(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, default=repr)
-    except (TypeError, ValueError):  # a key that is no text, a circle
+        return json.dumps(value, ensure_ascii=False, default=_repr)
+    except Exception:  # a key that is no text, a circle, too deep
+        return _repr(value)
+
+
+def _repr(value: Any) -> str:
+    try:
         return repr(value)
+    except Exception:  # the tool's own class may be broken
+        return type(value).__name__

@@ -113,6 +113,7 @@ def _schema(pa: Any) -> Any:
                 "top_k": pa.int32(),
                 "role": pa.string(),
                 "constrained": pa.bool_(),
+                "last_policy_version": pa.int64(),
             }
         ),
         "prompt_ids": pa.list_(pa.int32()),

@@ -121,7 +121,7 @@ def _transition(call: CallRecord, attempt: int, tokenizers: Mapping[str, Tokeniz
             "top_k": call.top_k,
             "role": call.role,
             "constrained": call.constrained,
-            **({} if call.last_policy_version is None else {"last_policy_version": call.last_policy_version}),
+            "last_policy_version": call.last_policy_version,
         },
         "prompt_ids": prompt_ids,
         "sampled_ids": sampled_ids,

@@ -306,6 +306,10 @@ def test_a_function_defined_again_takes_the_place_of_the_earlier_one(runtime):
         ('{"isError": true, "content": []}', True),
         ('{"error": null, "value": 4}', False),
         ("Errors are human", False),
+        ("ERROR", True),
+        ("Error - no such number", True),
+        ("error_rate: 0.02", False),
+        ("Error-free run, all 12 tests pass", False),
         ("4", False),
         ("", False),
         ("{broken", False),
@@ -336,6 +340,47 @@ def test_matching_prefers_the_surest_pairs():
         "add5": "a",
         "python_namex": "c",
     }
+
+
+def test_matching_goes_by_the_name_before_it_goes_by_the_call_alone():
+    def result(tool_call_id, name, call_index):
+        return {"tool_call_id": tool_call_id, "name": name, "content": "wrapped", "call_index": call_index}
+
+    search, python_name = (recorder.Observation(name, 1, False, texts=("x",)) for name in ("search", "python_name"))
+    first, second = result("a", "wire_name", 1), result("b", "search", 0)
+    assert recorder.match([search, python_name], [first, second]) == {search: second, python_name: first}
+
+
+@pytest.mark.parametrize(
+    "length, sent", [(1, "{}"), (30_000, "{}"), (1, "Result: {}")], ids=["short", "long", "wrapped"]
+)
+def test_a_tool_is_rewarded_once_where_another_call_ended_before_it_began(runtime, length, sent):
+    """Two calls make a tool call each, a third one ends, and only then do the tools run; one of them twice."""
+    from lightning_jax.server.rollout_calls import tool_results
+    from lightning_jax.store import CallRecord
+
+    ended = []
+
+    def end_call(*messages, makes=()):
+        made = [{"id": id, "type": "function", "function": {"name": "search", "arguments": "{}"}} for id in makes]
+        reply = {"role": "assistant", "content": "", "tool_calls": made}
+        ended.append(CallRecord([1], [2], [0.0], index=len(ended), messages=(USER, *messages), reply=reply))
+
+    def ask(path):
+        return tool_results(ended) if path == "/tool_calls" else {"last_call_index": ended[-1].index}
+
+    @runtime.tool
+    def search(what):
+        return what * length
+
+    with recorder.recording(recorder.Recorder(ask, rewarding=True)) as recording:
+        end_call(makes=["a", "b"])
+        end_call(makes=["c"])
+        end_call()
+        contents = {id: sent.format(search(id)) for id in ("c", "b", "a")}
+        end_call(*({"role": "tool", "tool_call_id": id, "content": contents[id]} for id in ("a", "b", "c")))
+        rewards = recording.finish(succeeded=True)
+    assert sorted((event["call_index"], event["reward"]) for event in rewards) == [(0, 0.3), (0, 0.3), (1, 0.3)]
 
 
 @pytest.mark.parametrize(

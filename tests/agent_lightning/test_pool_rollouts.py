@@ -1,12 +1,15 @@
 """What becomes of a rollout, whatever the agent does: real worker processes, the real store and HTTP app."""
 
 import asyncio
+import atexit
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 
 import pytest
 
@@ -149,6 +152,45 @@ def test_an_agent_that_never_returns_is_killed_with_all_it_started(served, tmp_p
     wait_until(lambda: not any(map(is_alive, written_pids(folder))))
 
 
+@pytest.mark.parametrize("hang", [False, True], ids=["segfault", "time-out"])
+def test_the_first_failure_names_the_agents_line_that_hung_or_crashed(served, hang):
+    from lightning_jax.outcomes import first_failure
+
+    def agent(resource, task):
+        try:
+            raise LookupError
+        except LookupError:
+            traceback.print_exc()
+
+        def inner():
+            if hang:
+                threading.Event().wait()
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+        inner()
+
+    line = agent.__code__.co_firstlineno + (8 if hang else 9)
+    (record,) = served.run(agent, [{}], nworkers=1, timeout_s=1.0)
+    assert record.cause == ("timeout" if hang else "crash")
+    assert first_failure([record]).endswith(f"({__file__}, line {line}, in inner)"), record.traceback
+
+
+def test_the_first_failure_names_the_innermost_line_of_a_deep_stack(served):
+    from lightning_jax.outcomes import first_failure
+
+    def agent(resource, task):
+        def dive(depth):
+            if depth:
+                dive(depth - 1)
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+        dive(90)
+
+    (record,) = served.run(agent, [{}], nworkers=1)
+    line = agent.__code__.co_firstlineno + 4
+    assert first_failure([record]).endswith(f"({__file__}, line {line}, in dive)"), record.traceback
+
+
 def test_a_timeout_is_tried_again(served):
     def agent(resource, task):
         if resource.metadata["attempt"] == 1:
@@ -202,6 +244,33 @@ def test_what_agents_print_and_read_leaves_the_protocol_alone(served):
         assert line in text
     assert text.count("x" * 300_000) == 4
     assert {worker_id for worker_id, _ in printed} <= {0, 1}
+
+
+def test_what_is_printed_without_a_line_break_is_shown_and_stays_with_its_rollout(served):
+    printed = []
+
+    def agent(resource, task):
+        if task.x == 0:
+            atexit.register(lambda: print("at exit", "the end", sep="\n", end=""))
+        print(f"<{task.x}>", end="", flush=True)
+        return 1 if task.x < 2 else time.sleep(1000)
+
+    options = {"nworkers": 1, "pool": {"on_output": lambda _, text: printed.append(text)}}
+    assert [record.reward for record in served.run(agent, [{"x": 0}, {"x": 1}], **options)] == [1.0, 1.0]
+    assert printed[:2] == ["<0>", "<1>"] and "".join(printed[2:]) == "at exit\nthe end"
+    _, late = served.run(agent, [{"x": 1}, {"x": 2}], timeout_s=1.0, **options)
+    assert late.traceback.startswith("<2>")
+
+
+def test_a_line_without_an_end_comes_in_pieces(served):
+    printed = []
+
+    def agent(resource, task):
+        print("y" * 5_000_000, end="", flush=True)
+        return 1
+
+    served.run(agent, [{}], nworkers=1, pool={"on_output": lambda _, text: printed.append(text)})
+    assert sum(map(len, printed)) == 5_000_000 and max(map(len, printed)) < 2_500_000
 
 
 def test_large_tasks_arrive_whole(served):

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -159,6 +160,63 @@ def test_without_air_and_in_a_failed_rollout_there_are_spans(serving_tools, runt
     (span,) = named(spans_of(serving_tools, record)[0], "search")
     assert span["status"] == "error" and span["error"].startswith("LookupError: xxx")
     assert len(str(span)) < 20_000
+
+
+def test_what_cannot_be_printed_fails_no_tool(serving_tools, runtime):
+    def agent(resource, task):
+        from agent_lightning.runtime import tool
+
+        class Broken:
+            def __repr__(self):
+                return self.missing
+
+        @tool
+        def search(what, where):
+            return what
+
+        deep = []
+        for _ in range(100_000):
+            deep = [deep]
+        search(Broken(), "here")
+        search(deep, "there")
+        return 1.0
+
+    runtime.auto_instrument()
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+    broken, deep = [span["attributes"] for span in named(spans_of(serving_tools, record)[0], "search")]
+    assert broken["input.value"] == '{"args": ["Broken", "here"], "kwargs": {}}'
+    assert broken["output.value"] == '"Broken"' and deep["output.value"] == "list"
+
+
+def test_a_span_that_ends_late_is_not_another_rollouts(serving_tools, runtime, tmp_path):
+    def agent(resource, task):
+        from agent_lightning.runtime import tool
+
+        def wait_for(path):
+            while not path.exists():
+                time.sleep(0.01)
+
+        @tool
+        def search():
+            (tmp_path / "begun").touch()
+            wait_for(tmp_path / "next rollout")
+
+        if task.first:
+            threading.Thread(target=search, name="search", daemon=True).start()
+            wait_for(tmp_path / "begun")
+        else:
+            (tmp_path / "next rollout").touch()
+            for thread in threading.enumerate():
+                if thread.name == "search":
+                    thread.join()
+        return 1.0
+
+    runtime.auto_instrument()
+    records = serving_tools.run(agent, [{"first": True}, {"first": False}], nworkers=1)
+    assert [record.reward for record in records] == [1.0, 1.0]
+    for record in records:
+        assert [span["name"] for span in spans_of(serving_tools, record)[0]] == ["rollout"]
 
 
 def test_their_number_and_size_are_bounded(serving_tools, runtime):

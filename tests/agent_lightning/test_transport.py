@@ -130,6 +130,13 @@ def test_an_error_is_raised_as_the_class_it_names_and_not_retried(answering, ans
     assert len(server.answers) == 1
 
 
+def test_somebody_else_there(answering):
+    server = answering((200, {"Content-Type": "text/html"}, b"<html>Welcome</html>"), OK)
+    with pytest.raises(ServerConnectionError, match=f"something else answers at {server.url}.*\n.*correct the URL"):
+        Transport(server.url).request("POST", "/api/datasets")
+    assert len(server.answers) == 1
+
+
 def test_nobody_there():
     with pytest.raises(ServerConnectionError, match="http://127.0.0.1:9.*\n.*agent-lightning server start"):
         Transport("http://127.0.0.1:9", max_retries=1).request("GET", "/health")

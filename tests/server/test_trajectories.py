@@ -46,6 +46,15 @@ def reward_call(running, record, index, reward):
     running.store._database.execute((sql, [(reward, index, record.rollout_id)]))
 
 
+def mix_call(running, record, index, version):
+    """What it does to a recorded call that weights are published while it is sampled."""
+    sql = (
+        "UPDATE calls SET content = json_set(content, '$.last_policy_version', ?) WHERE call_index = ? AND "
+        "attempt_id = (SELECT attempt_id FROM rollouts WHERE rollout_id = ?)"
+    )
+    running.store._database.execute((sql, [(version, index, record.rollout_id)]))
+
+
 @pytest.fixture(scope="module")
 def serving(start, random_model):
     """A server of its own: other files train the one that they share, and here the calls are the initial model's."""
@@ -65,6 +74,7 @@ def job(serving):
     report(serving, job, *results)
     serving.store.wait(job, ids)
     reward_call(serving, serving.store.finished(ids)[0], 0, 0.5)
+    mix_call(serving, serving.store.finished(ids)[0], 1, 3)
     _, leases, ids = serving.open(job=job, mode="evaluate", step=2)
     say(serving, leases[0], "2+2?")
     serving.finish(job, leases, ids, reward=0.0)
@@ -91,6 +101,7 @@ def test_the_references_trajectory(serving, job, random_model):
         logprob_tv = full_logprobs(*weights.load_model(random_model), whole)
         at = np.arange(len(transition.prompt_ids) - 1, len(whole) - 1)
         np.testing.assert_allclose(transition.logprobs, logprob_tv[at, transition.sampled_ids], atol=1e-4)
+    assert [t.metadata["last_policy_version"] for t in two.transitions] == [None, 3]
     assert two.metadata["agent_reward"] == 1.0 and two.metadata["status"] == "succeeded"
 
     assert failed.total_reward is None and failed.metadata["status"] == "failed"
