@@ -100,8 +100,9 @@ def test_flag_beats_environment_beats_yaml_beats_file_beats_default(tmp_path):
 def test_a_learning_rate_counts_for_more_than_a_lower_sources_actor_lr():
     base = {"algorithm": {"name": "ppo", "learning_rate": 1e-4, "actor_lr": 2e-4}}
 
-    def rate(environ={}, **flags):
-        config = config_lib.merge(base, environ=environ, flag_overrides={f"algorithm.{k}": v for k, v in flags.items()})
+    def rate(environ=(), **flags):
+        flags = {f"algorithm.{name}": value for name, value in flags.items()}
+        config = config_lib.merge(base, environ=dict(environ), flag_overrides=flags)
         return learner_settings(config, jnp.dtype("float32")).learning_rate
 
     assert rate() == 2e-4
