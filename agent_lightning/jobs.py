@@ -126,7 +126,8 @@ class Job:
 
         def ask():
             progress.say("stopping after this step; press Ctrl-C again to stop at once")
-            self._stop(now=False)
+            while not self._stop(now=False) and not self._ended.wait(RETRY_S):
+                pass  # the server goes on with the job when it is there again
 
         def on_interrupt(*_):
             nonlocal asked
@@ -148,8 +149,12 @@ class Job:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _stop(self, *, now: bool) -> None:
+    def _stop(self, *, now: bool) -> bool:
+        """Whether the server has answered; errors are not raised, since the caller's own matters more."""
         try:
             self._transport.request("POST", f"{self._path}/stop", json={"now": now})
-        except AgentLightningError:  # it is over, or out of reach: the caller's own error matters more
+        except ServerConnectionError:
+            return False
+        except AgentLightningError:
             pass
+        return True

@@ -117,8 +117,9 @@ class _Run:
                 row = self._evaluate(policies.step)
                 if row and first == 0:
                     writer.write(0, row)
-            elif policies.step > first and self._is_due(policies.step - first, self._eval_interval(), total_steps):
-                self._make_up_evaluation(writer)
+            elif policies.step > first and not self.history.is_tested(policies.step):
+                if self._is_due(policies.step - first, self._eval_interval(), total_steps):
+                    self._make_up_evaluation(writer)
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
                 row = self._step(step, last, tasks)
@@ -151,34 +152,32 @@ class _Run:
             self._evaluate(step)
 
     def _make_up_evaluation(self, writer: metrics.MetricsWriter) -> None:
-        """What was due behind the step that the job goes on from, and is not in its checkpoint.
-
-        The job was stopped there, and the evaluation came after the checkpoint, if it came.
-        """
+        """What was due behind the step that the job goes on from, and was broken off or never came."""
         step = self.policies.step
-        if self.history.is_tested(step):
-            return
-        row = next((row for row in metrics.read_metrics(self.workdir) if row["step"] == step), {})
-        if row.get("eval/reward") is not None:
-            self.history.test_rewards.append([step, row["eval/reward"]])
-            self._mark_best()
-        elif made_up := self._evaluate(step):
+        row = self._row_of(step)
+        if made_up := self._evaluate(step):
             row = {name: value for name, value in row.items() if name != "step" and value is not None}
             writer.truncate_after(step - 1)
             writer.write(step, row | made_up)
+
+    def _row_of(self, step: int) -> dict[str, Any]:
+        """The step's metrics, as far as they were written."""
+        return next((row for row in metrics.read_metrics(self.workdir) if row["step"] == step), {})
 
     def _resume(self, tasks, writer) -> None:
         """Goes on behind the checkpoint that the policy was restored from, if this job made it; else from the start."""
         saved = self.policies.restored
         if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policies.step:
-            self.history = History(**saved["history"])
+            step, self.history = saved["step"], History(**saved["history"])
             tasks.set_state(saved["tasks"])
             self._ahead.extend(_Batch(tasks.items(indices)) for indices in saved.get("ahead", []))
-            self.store.discard_after(self.job_id, self.policies.step)
-            writer.truncate_after(self.policies.step)
+            tested = self._row_of(step).get("eval/reward")  # behind the checkpoint, where the job was stopped
+            if tested is not None and step > self.history.start_step and not self.history.is_tested(step):
+                self.history.test_rewards.append([step, tested])
+            self.store.discard_after(self.job_id, step, tested=self.history.is_tested(step))
+            writer.truncate_after(step)
             self._mark_best()  # the job may have been killed before it did
         else:
-            checkpoint.unmark_best(self.policies.checkpoint_dir)
             self.store.discard_after(self.job_id, -1)  # also the evaluation that the job began with
             writer.truncate_after(self.policies.step or -1)
 
@@ -289,6 +288,8 @@ class _Run:
         )
         self.saved_step = step
         self.store.add_event(self.job_id, "checkpoint", step, {"path": str(path)})
+        if self._best_checkpoint() is None:
+            checkpoint.unmark_best(self.policies.checkpoint_dir)  # an earlier job's
         self._mark_best()
 
     def _best_checkpoint(self) -> pathlib.Path | None:
@@ -370,10 +371,11 @@ class _Run:
         num_samples = self.spec.get("num_samples")
         samples = self.config.algorithm.group_size if mode == "train" else num_samples or 1
         given = {"policy_version": self.policies.first.version}
-        if mode == "evaluate":
-            given["num_samples"] = num_samples  # the model's default temperature depends on it
+        if num_samples is not None:
+            given["num_samples"] = num_samples
+        greedy = mode == "evaluate" and num_samples is None
         entries = [
-            RolloutEntry(task_id=item.task_id, task_index=item.task_index, group=group, sample=sample, task=item.task)
+            RolloutEntry(item.task_id, item.task_index, group=group, sample=sample, task=item.task, greedy=greedy)
             for group, item in enumerate(tasks, start=first_group)
             for sample in range(samples)
         ]

@@ -84,11 +84,12 @@ def create_app(
 
 
 async def _health(request: Request) -> Response:
-    """Answers as soon as requests are served, with no key; 503 once a thread that everything needs has ended."""
+    """Answers as soon as requests are served, with no key; 503 once what everything needs has failed."""
     policies: Policies = request.app.state.policies
     jobs: control.JobRunner | None = request.app.state.jobs
     content = {"status": "ok", "model": policies.first.name, "policy_version": policies.first.version}
-    failures = {"the device": policies.error, "the jobs' thread": jobs and jobs.error}
+    store: Store = request.app.state.store
+    failures = {"the device": policies.error, "the store": store.error, "the jobs' thread": jobs and jobs.error}
     if failed := [f"{name} failed: {error}" for name, error in failures.items() if error is not None]:
         return wire.json_response(content | {"status": "failing", "error": "; ".join(failed)}, 503)
     return wire.json_response(content)

@@ -56,6 +56,9 @@ class JobRunner:
                 store.hold_data(_data_name(job["job_id"]), {})  # the server was killed when it had just ended
         self._queue = collections.deque(filter(resume, unfinished))
         self._stops: dict[str, training.StopFlag] = {job_id: training.StopFlag() for job_id in self._queue}
+        for job_id, stop in self._stops.items():
+            if wish := store.job(job_id)["spec"].get("stop"):
+                stop.request(now=wish == "now")
         self._running: str | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
@@ -86,11 +89,19 @@ class JobRunner:
                 self._changed.notify_all()
         return job_id
 
-    def stop(self, job_id: str, now: bool = False) -> None:
-        """Asks a job to end after its step, or at once; a job that has ended stays as it is."""
+    def stop(self, job_id: str, now: bool = False, *, keep: bool = False) -> None:
+        """Asks a job to end after its step, or at once; a job that has ended stays as it is.
+
+        Args:
+            keep: the next start is asked the same, if the server ends before the job does.
+        """
         with self._changed:
             if job_id in self._stops:
                 self._stops[job_id].request(now=now)
+            if keep and job_id == self._running:
+                spec = self._store.job(job_id)["spec"]
+                wish = "now" if now or spec.get("stop") == "now" else "after_step"
+                self._store.update_job(job_id, spec=spec | {"stop": wish})
             if job_id in self._queue:
                 self._queue.remove(job_id)
                 self._store.update_job(job_id, status="stopped")
@@ -166,8 +177,9 @@ class JobRunner:
             fields = {"status": "failed", "error": text, "traceback": traceback.format_exc()}
         else:
             fields = {"status": "stopped" if stop.after_step else "succeeded", "result": result}
-        if self._closed and fields["status"] == "stopped":
-            return  # not asked for by a client: the next start goes on with it
+        wish = self._store.job(job_id)["spec"].get("stop")
+        if self._closed and fields["status"] == "stopped" and not (wish if "result" in fields else wish == "now"):
+            return  # no client asked for this end: the next start goes on with it
         self._store.cancel_open(job_id)
         self._store.add_event(job_id, "ended", self._store.job(job_id)["step"], {"status": fields["status"]})
         self._store.update_job(job_id, **fields)
@@ -319,11 +331,11 @@ async def get_events(request: Request, job_id: str, after: int = 0, wait_s: floa
 
 @router.post("/api/jobs/{job_id}/stop")
 async def stop_job(request: Request, job_id: str, body: StopBody) -> Response:
-    """Ends a job after its step, or now."""
+    """Ends a job after its step, or now, also if the server is started again meanwhile."""
     store: Store = request.app.state.store
     store.job(job_id)
     if request.app.state.jobs is not None:
-        await run_in_threadpool(request.app.state.jobs.stop, job_id, body.now)
+        await run_in_threadpool(request.app.state.jobs.stop, job_id, body.now, keep=True)
     return wire.json_response({"job_status": store.job(job_id)["status"]})
 
 

@@ -189,8 +189,7 @@ class Generator:
         ours = self._config
         asked = {name: getattr(request, name) for name in _SHAPING if getattr(request, name) is not None}
         # An evaluation that samples a task once is greedy; one that was asked for several samples wants them to differ.
-        greedy = attempt is not None and not attempt.metadata.get("num_samples")
-        held = {"temperature": 0.0 if greedy else 1.0}
+        held = {"temperature": 0.0 if attempt is not None and attempt.entry.greedy else 1.0}
         max_tokens = request.max_tokens or ours.max_tokens
         if attempt is not None and attempt.mode == "train":
             held = {"temperature": ours.temperature, "top_p": ours.top_p, "top_k": ours.top_k}

@@ -76,7 +76,8 @@ class Generation:
     """The samples of one request, from the construction until `reply` or `events` is over, or `close`.
 
     A sample that is over is recorded before its end is told. Of a stream that ends early, what the agent was given so
-    far is recorded with the finish reason "cancelled", because the agent may go on from it.
+    far is recorded with the finish reason "cancelled", because the agent may go on from it. So it is when the agent
+    returns while the stream is open, and nothing more is given then.
 
     Args:
         on_nothing: called when it ends with nothing recorded.
@@ -111,6 +112,8 @@ class Generation:
         self._news: asyncio.Queue = asyncio.Queue()
         self._samples = [_Sample(self._reply_text(i)) for i in range(request.n)] if request.stream else []
         self._pending: dict[str, asyncio.Future] = {}
+        if attempt is not None:
+            attempt.on_result.append(self._record_given)
         try:
             self._submit()
         except QueueFull as error:
@@ -159,11 +162,9 @@ class Generation:
                 future.add_done_callback(_forget)
             if self._attempt is not None:
                 self._attempt.on_end.pop(request_id, None)
-        for i, sample in enumerate(self._samples):
-            if sample.given and not sample.done:
-                text, ids = sample.text, sample.ids[: sample.given]
-                choice = Choice(text.content, text.tool_calls, ids, [], len(ids), "cancelled", None)
-                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", sample.versions)
+        self._record_given()
+        if self._attempt is not None:
+            self._attempt.on_result.remove(self._record_given)
         if not self._recorded:
             self._on_nothing()
 
@@ -223,6 +224,8 @@ class Generation:
                         raise ClientGone
                     timer = self._loop.call_later(_PING_S, self._ping)
                     yield None
+                elif self._attempt is not None and self._attempt.ended:
+                    raise _ended()
                 elif isinstance(news, asyncio.Future):
                     yield self._finished(i, self._checked(news.result()))
                     running -= 1
@@ -294,6 +297,15 @@ class Generation:
                 raise _ended()
             raise ApiError("the request was cancelled", status=503, kind="server")
         return completion
+
+    def _record_given(self) -> None:
+        """Records what a stream's agent was given of samples that are not over, once."""
+        for i, sample in enumerate(self._samples):
+            if sample.given and not sample.done:
+                sample.done = True
+                text, ids = sample.text, sample.ids[: sample.given]
+                choice = Choice(text.content, text.tool_calls, ids, [], len(ids), "cancelled", None)
+                self._record(i, choice, sample.logprobs[: sample.given], "cancelled", sample.versions)
 
     def _record_completion(self, i: int, choice: Choice, completion: Completion) -> None:
         versions = completion.policy_version, completion.last_policy_version

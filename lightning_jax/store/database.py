@@ -116,10 +116,22 @@ class Database:
         return rows[0][0] if rows else 0
 
     def write(self, *statements: Statement) -> None:
-        """Queues statements, each (sql, rows of parameters), to be committed together after all queued before them."""
-        if self._error is not None:
-            raise self._failure(self._error)
+        """Queues statements, each (sql, rows of parameters), to be committed together after all queued before them.
+
+        Nothing is kept once a write has failed, which `check` and `flush` say: what is in memory is changed together
+        with what is queued, so that neither may end half-way.
+        """
         self._queue.put((None, statements))
+
+    @property
+    def error(self) -> StoreError | None:
+        """Why nothing is kept any more, None while all is well."""
+        return None if self._error is None else self._failure(self._error)
+
+    def check(self) -> None:
+        """Raises StoreError once a write has failed."""
+        if (error := self.error) is not None:
+            raise error
 
     def execute(self, *statements: Statement) -> None:
         """Commits statements in a transaction of their own, after all that was queued before.
@@ -139,8 +151,7 @@ class Database:
             StoreError: a write failed. Nothing after it was kept either.
         """
         self.execute()
-        if self._error is not None:
-            raise self._failure(self._error)
+        self.check()
 
     def _await(self, done: concurrent.futures.Future) -> None:
         while True:

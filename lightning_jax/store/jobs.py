@@ -50,12 +50,7 @@ class Jobs:
 
     def restart(self, job_id: str, spec: dict) -> None:
         """See `Store.restart_job`."""
-        with self._changed:
-            if job_id not in self._jobs:
-                raise UnknownError(f"there is no job {job_id!r}")
-            self._jobs[job_id]["spec"] = dict(spec)
-            self._database.write(("UPDATE jobs SET spec = ? WHERE job_id = ?", [(json.dumps(spec), job_id)]))
-        self.update(job_id, status="queued", error=None, traceback=None, result=None)
+        self.update(job_id, spec=dict(spec), status="queued", error=None, traceback=None, result=None)
 
     def discard_events(self, job_id: str, step: int) -> None:
         """Forgets the job's events of steps after `step`."""
@@ -80,10 +75,10 @@ class Jobs:
 
     def update(self, job_id: str, **fields) -> None:
         """See `Store.update_job`. Who follows the job sees the change even where the file cannot be written."""
-        unknown = fields.keys() - set(_FIELDS)
+        unknown = fields.keys() - {*_FIELDS, "spec"}
         if unknown:
             raise TypeError(f"a job has no field {', '.join(sorted(unknown))}")
-        stored = [json.dumps(value) if name == "result" and value else value for name, value in fields.items()]
+        stored = [json.dumps(value) if isinstance(value, dict) else value for value in fields.values()]
         with self._changed:
             if job_id not in self._jobs:
                 raise UnknownError(f"there is no job {job_id!r}")
@@ -91,8 +86,10 @@ class Jobs:
             self._changed.notify_all()
             assignments = ", ".join(f"{name} = ?" for name in fields)
             self._database.write((f"UPDATE jobs SET {assignments} WHERE job_id = ?", [(*stored, job_id)]))
-        if "status" in fields:
+        if "status" in fields or "spec" in fields:
             self._database.flush()
+        else:
+            self._database.check()
         self._announce()
 
     def add_event(self, job_id: str, kind: str, step: int, data: dict) -> int:

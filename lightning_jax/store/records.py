@@ -53,13 +53,17 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutEntry:
-    """One rollout to be run: `sample` counts the rollouts of one task within a step, `group` is what they share."""
+    """One rollout to be run: `sample` counts the rollouts of one task within a step, `group` is what they share.
+
+    `greedy`: where the agent gives no temperature it is 0.
+    """
 
     task_id: str
     task_index: int
     group: int
     sample: int
     task: dict
+    greedy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +153,7 @@ class Attempt:
         calls: the calls recorded so far, in the order in which they ended.
         prompts: for each prompt, by digest, the numbers its samples have taken; they name a call's noise, whatever the
             order in which concurrent calls arrive.
+        on_result: called when the agent has returned, before the attempt ends; calls may still be recorded.
         on_end: called, by request id, when the attempt ends while a model call is in flight.
         deadline: `time.monotonic()` after which the attempt counts as timed out.
     """
@@ -171,5 +176,6 @@ class Attempt:
     ended: bool = False
     calls: list[CallRecord] = dataclasses.field(default_factory=list)
     prompts: dict[bytes, set[int]] = dataclasses.field(default_factory=dict)
+    on_result: list[Callable[[], Any]] = dataclasses.field(default_factory=list)
     on_end: dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
     arrivals: itertools.count = dataclasses.field(default_factory=itertools.count)

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import math
 import secrets
 import threading
 import time
@@ -26,6 +25,7 @@ from lightning_jax.store.records import RETRIED_CAUSES, Attempt, CallRecord, Rol
 POOL_SILENCE_S = 30.0  # a pool not heard of for so long is gone
 GRANT_GRACE_S = 5.0  # a fresh lease may be missing from its pool's running list: the reply is still on its way
 TIMEOUT_GRACE_S = 30.0  # the pool enforces a rollout's time-out; the store does so much later, for pools that do not
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
 _TICK_S = 0.5
 _STALL_S = 5.0  # a tick so late means that this process stood still, and pools could not reach it
 
@@ -94,6 +94,7 @@ class Rollouts:
         """See `Store.wait`."""
         wanted, reported = set(rollout_ids), None
         while True:
+            self._database.check()
             self.reclaim()
             with self._changed:
                 done = len(wanted - self._open.keys())
@@ -134,16 +135,17 @@ class Rollouts:
         self._after_end(ended)
         return len(rollouts)
 
-    def discard_after(self, job_id: str, step: int) -> None:
+    def discard_after(self, job_id: str, step: int, tested: bool) -> None:
         """See `Store.discard_after`."""
         self.cancel_open(job_id)
-        later = "SELECT rollout_id FROM rollouts WHERE job_id = ? AND step > ?"
-        attempts = f"SELECT attempt_id FROM attempts WHERE rollout_id IN ({later})"
-        rows = [(job_id, step)]
+        later = "job_id = ? AND (step > ? OR step > ? AND mode = 'evaluate')"
+        rollouts = f"SELECT rollout_id FROM rollouts WHERE {later}"
+        attempts = f"SELECT attempt_id FROM attempts WHERE rollout_id IN ({rollouts})"
+        rows = [(job_id, step, step if tested else step - 1)]
         self._database.write(
             (f"DELETE FROM calls WHERE attempt_id IN ({attempts})", rows),
-            (f"DELETE FROM attempts WHERE rollout_id IN ({later})", rows),
-            ("DELETE FROM rollouts WHERE job_id = ? AND step > ?", rows),
+            (f"DELETE FROM attempts WHERE rollout_id IN ({rollouts})", rows),
+            (f"DELETE FROM rollouts WHERE {later}", rows),
         )
         self._jobs.discard_events(job_id, step)
 
@@ -289,9 +291,11 @@ class Rollouts:
         if cause is None and error:
             cause = "exception"
         if cause is None and not _is_reward(reward):
-            cause, text = "invalid_reward", f"the agent returned {reward!r}, not a finite number"
+            cause, text = "invalid_reward", f"the agent returned {reward!r}, not a finite number (float32)"
         if cause in RETRIED_CAUSES:
             return self._give_up(lease, cause, text, error.get("traceback"), result)
+        for settle in lease.on_result:
+            settle()
         status = "succeeded" if cause is None else "failed"
         reward = float(reward) if cause is None else None
         fields = {"reward": reward, "error": text, "traceback": error.get("traceback")}
@@ -391,7 +395,7 @@ def _lease_message(attempt: Attempt) -> dict:
 
 
 def _is_reward(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST_REWARD
 
 
 def _is_reward_event(event: dict) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_jax.store.database import Database
 from lightning_jax.store.datasets import Datasets, Upload
 from lightning_jax.store.jobs import Jobs
-from lightning_jax.store.records import Attempt, CallRecord, DatasetInfo, RolloutEntry, RolloutRecord
+from lightning_jax.store.records import Attempt, CallRecord, DatasetInfo, RolloutEntry, RolloutRecord, StoreError
 from lightning_jax.store.rollouts import Rollouts
 from lightning_jax.store.trajectories import Filter, ended_rollouts
 
@@ -19,7 +19,8 @@ class Store:
     them a moment later; a process killed at any point leaves a store that opens and is a prefix of what happened.
 
     Raises:
-        StoreError: from any method, when the file cannot be opened, read or written.
+        StoreError: the file cannot be opened, read or written. Once a write has failed, leases and results still change
+            what is in memory, and whoever waits for rollouts or reads is told.
     """
 
     def __init__(self, path: str | Path):
@@ -37,6 +38,11 @@ class Store:
     def flush(self) -> None:
         """Returns when everything asked for so far is committed."""
         self._database.flush()
+
+    @property
+    def error(self) -> StoreError | None:
+        """Why nothing is kept any more, None while all is well."""
+        return self._database.error
 
     def add_listener(self, listener: Callable[[], None]) -> None:
         """Has `listener` called, from whatever thread, whenever leases, jobs or events change. It must be quick."""
@@ -121,7 +127,7 @@ class Store:
         return self._jobs.all()
 
     def update_job(self, job_id: str, **fields) -> None:
-        """Sets any of status, step, total_steps, error, traceback, result (a JSON-ready dict)."""
+        """Sets any of status, step, total_steps, error, traceback, result and spec (JSON-ready dicts)."""
         self._jobs.update(job_id, **fields)
 
     def restart_job(self, job_id: str, spec: dict) -> None:
@@ -143,9 +149,12 @@ class Store:
         """Whether `events` would return some without waiting. Raises UnknownError."""
         return self._jobs.has_events(job_id, after)
 
-    def discard_after(self, job_id: str, step: int) -> None:
-        """Forgets the job's rollouts and events of steps after `step`, and cancels what is open."""
-        self._rollouts.discard_after(job_id, step)
+    def discard_after(self, job_id: str, step: int, *, tested: bool = True) -> None:
+        """Forgets the job's rollouts and events of steps after `step`, and cancels what is open.
+
+        Unless `step` is `tested`, the rollouts of its evaluation, which was broken off, are forgotten as well.
+        """
+        self._rollouts.discard_after(job_id, step, tested)
 
     # ---- rollouts ----
 
@@ -194,6 +203,7 @@ class Store:
         """Blocks until all these rollouts have ended or `stop()` is true, which is asked twice a second.
 
         Leases of silent pools are given up meanwhile. `progress(ended)` is called whenever more have ended.
+        Raises StoreError once a write has failed, since nobody could read how the rollouts ended.
         """
         self._rollouts.wait(job_id, rollout_ids, stop, progress)
 

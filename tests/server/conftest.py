@@ -129,7 +129,8 @@ class Running:
     def open(self, *, mode="train", samples=1, step=1, seed=3, job=None, task=None):
         """Opens rollouts of one task and leases them; returns (job id, leases in order, rollout ids)."""
         job = job or self.store.create_job({"kind": "train", "data_id": "none"})
-        entries = [RolloutEntry("task-0", 0, 0, i, task or {"question": "?"}) for i in range(samples)]
+        greedy = mode == "evaluate"
+        entries = [RolloutEntry("task-0", 0, 0, i, task or {"question": "?"}, greedy) for i in range(samples)]
         ids = self.store.open_rollouts(job, step=step, mode=mode, entries=entries, timeout_s=60, seed=seed)
         body = {"pool_id": "test", "results": [], "running": [], "want": samples, "wait_s": 0}
         leases = self.http.post(f"/api/jobs/{job}/exchange", json=body).raise_for_status().json()["leases"]

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -328,39 +330,84 @@ def test_what_a_job_cannot_be(jobs, serving, dataset):
     assert other.status_code == 400 and "takes no others" in other.json()["error"]["message"]
 
 
-def test_an_unfinished_job_goes_on_after_a_restart(random_model, tmp_path, dataset):
-    """A server ends in the middle of a job; the next one, in the same work directory, runs it to its end."""
-    config = settings(random_model, tmp_path / "work", **SMALL, **{"runtime.checkpoint_interval": 1})
-    port = 0
+class Restartable:
+    """A server that runs jobs, in one work directory and on one port however often it is started."""
 
-    def started():
-        policies = Policies(config)
-        store = Store(tmp_path / "work" / "store.sqlite3")
-        runner = JobRunner(policies, store, config)
-        app = server.create_app(config=config, policies=policies, store=store, jobs=runner)
-        return policies, store, runner, server.RunningServer(app, server.bind("127.0.0.1", port))
+    def __init__(self, random_model, path):
+        self.config = settings(random_model, path / "work", **SMALL, **{"runtime.checkpoint_interval": 1})
+        self._port = 0
+        self.start()
 
-    def stopped():
-        running.stop()
-        runner.close()
-        status = store.jobs()[0]["status"]
-        store.close()
-        policies.close()
+    def start(self):
+        self.policies = Policies(self.config)
+        self.store = Store(f"{self.config.workdir}/store.sqlite3")
+        self.runner = JobRunner(self.policies, self.store, self.config)
+        app = server.create_app(config=self.config, policies=self.policies, store=self.store, jobs=self.runner)
+        self.running = server.RunningServer(app, server.bind("127.0.0.1", self._port))
+        self.url = self.running.url
+        self._port = int(self.url.rpartition(":")[2])
+
+    def stop(self):
+        """The first job's status at the end."""
+        self.running.stop()
+        self.runner.close()
+        status = self.store.jobs()[0]["status"]
+        self.store.close()
+        self.policies.close()
         return status
 
-    policies, store, runner, running = started()
-    port = int(running.url.rpartition(":")[2])
-    client = Client(running.url, max_retries=10)
+
+@pytest.fixture
+def restartable(random_model, tmp_path):
+    restartable = Restartable(random_model, tmp_path)
+    yield restartable
+    restartable.stop()
+
+
+def test_an_unfinished_job_goes_on_after_a_restart(restartable, dataset):
+    """A server ends in the middle of a job; the next one, in the same work directory, runs it to its end."""
+    client = Client(restartable.url, max_retries=10)
     client.upload_data(dataset)
     results = []
     trainer = threading.Thread(target=lambda: results.append(client.train(fills, nworkers=1, batch_size=1, epochs=4)))
     trainer.start()
-    wait_for(lambda: any(job["step"] >= 2 for job in store.jobs()), 120)
-    assert stopped() == "running", "it was in the middle"
-    policies, store, runner, running = started()
-    assert policies.step >= 2, "from the checkpoint"
+    wait_for(lambda: any(job["step"] >= 2 for job in restartable.store.jobs()), 120)
+    assert restartable.stop() == "running", "it was in the middle"
+    restartable.start()
+    assert restartable.policies.step >= 2, "from the checkpoint"
     trainer.join(120)
     assert results and results[0].total_steps == 16
-    assert [job["status"] for job in store.jobs()] == ["succeeded"]
-    stopped()
+    assert [job["status"] for job in restartable.store.jobs()] == ["succeeded"]
     client.close()
+
+
+def fills_slowly(resource, task):
+    time.sleep(1.0)
+    return fills(resource, task)
+
+
+@pytest.mark.parametrize("asked", ["before", "after"])
+def test_one_ctrl_c_outlives_a_restart(restartable, dataset, asked):
+    """It comes in the middle of a step that the server does not end, or while there is no server."""
+    status = []
+
+    def restart():
+        wait_for(lambda: any(lease.step == 3 for lease in restartable.store._rollouts._leases.values()), 120)
+        if asked == "before":
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for(lambda: all(stop.after_step for stop in restartable.runner._stops.values()))
+        status.append(restartable.stop())
+        if asked == "after":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(2.0)  # the client's own retries are over
+        restartable.start()
+
+    restarter = threading.Thread(target=restart)
+    restarter.start()
+    with Client(restartable.url, max_retries=1) as client:
+        client.upload_data(dataset)
+        result = client.train(fills_slowly, nworkers=2, batch_size=1, epochs=2)
+    restarter.join()
+    assert status == ["running"] and restartable.store.jobs()[0]["status"] == "stopped"
+    assert result.total_steps == 2 if asked == "before" else 2 <= result.total_steps <= 4
+    assert result.checkpoints[-1].endswith(f"step-{result.total_steps}")

@@ -264,11 +264,12 @@ def test_replacements_are_of_tasks_that_the_step_lacks_and_no_task_is_passed_ove
     policies.close()
 
 
-def test_a_stopped_and_continued_job_is_as_an_undisturbed_one(config, store):
-    """Stopped by one Ctrl-C where an evaluation was due, then given the same command again."""
+@pytest.mark.parametrize("eval_interval", [2, 0], ids=["due", "not due"])
+def test_a_stopped_and_continued_job_is_as_an_undisturbed_one(config, store, eval_interval):
+    """Stopped by one Ctrl-C, after which there is an evaluation in any case, then given the same command again."""
     config.runtime.checkpoint_interval = 0
     held_out = {0: 0.1, 2: 0.9, 4: 0.3}
-    spec = {"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": 2}
+    spec = {"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": eval_interval}
 
     def reward(lease):
         metadata = lease["metadata"]
@@ -321,12 +322,14 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
     assert (result["eval_reward_before"], result["eval_reward_after"], result["test_steps"]) == (0.5, 0.75, [0, 2])
     rows = read_metrics(config.workdir)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["eval/reward"] == 0.75 and "policy/loss" in rows[2]
+    recorded = store._database.read("SELECT reward FROM rollouts WHERE mode = 'evaluate' AND step = 2")
+    assert recorded == [(0.75,), (0.75,)], "those of the evaluation that was broken off are not in the record"
     runner.close()
     policies.close()
 
 
 def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config, store, monkeypatch):
-    """The server ends between its save and its mark; later comes a job without held-out tasks."""
+    """The server ends between its save and its mark; later come jobs without held-out tasks, of which one fails."""
     config.runtime.max_to_keep, ending = 1, []
     held_out, mark_best = {0: 0.1, 2: 0.9, 4: 0.3}, training._Run._mark_best
 
@@ -361,7 +364,12 @@ def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config
     assert best.name == "step-2" and store.job("train")["result"]["best_checkpoint"] == str(best)
 
     store.put_dataset("untested", "train", TASKS)
-    job = runner.submit({"kind": "train", "data_id": "untested", "total_steps": 1, "batch_size": 2})
+    spec = {"kind": "train", "data_id": "untested", "total_steps": 1, "batch_size": 2}
+    job = runner.submit(spec)
+    with Pool(store, job, lambda lease: None):
+        wait_for(lambda: status(store, job) == "failed")
+    assert policies.find_checkpoint("best") == best
+    job = runner.submit(spec)
     with Pool(store, job):
         wait_for(lambda: status(store, job) == "succeeded")
     with pytest.raises(InvalidConfigError, match="the best is known once held-out tasks"):
@@ -453,10 +461,10 @@ def test_a_store_that_cannot_be_written_ends_the_jobs_and_is_said(serving, runne
                 store.flush()
             except StoreError:
                 break
-        runner.stop("first", now=True)
         wait_for(lambda: runner.error is not None)
         reply = httpx.get(f"{running.url}/health")
         assert reply.status_code == 503 and reply.json()["status"] == "failing"
+        assert "the store failed: cannot write the store" in reply.json()["error"]
         assert "jobs' thread failed: cannot write the store" in reply.json()["error"]
         for job_id in ("first", "second"):  # nobody waits for them
             job = httpx.get(f"{running.url}/api/jobs/{job_id}").json()

@@ -265,6 +265,27 @@ def test_a_cancelled_stream_frees_its_slot_and_keeps_what_was_seen(serving, dial
         assert record.calls[2].prompt_ids.tolist() == whole and record.calls[2].reply["content"].startswith(text)
 
 
+def test_a_stream_that_is_open_when_the_result_comes_keeps_what_was_sent(serving):
+    """The agent returns without closing it; the samples that have ended by then are as they are."""
+    job, leases, ids = serving.open(mode="evaluate")
+    options = {"max_tokens": 100, "n": 50, "temperature": 1.0, "extra_body": IDS}
+    with openai_client(serving.model_api(leases[0])) as client:
+        stream = client.chat.completions.create(model="m", messages=USER, stream=True, **options)
+        chunks = list(itertools.islice(stream, 80))
+        (record,) = serving.finish(job, leases, ids)
+        with pytest.raises(openai.APIError, match="ended"):
+            for chunk in stream:
+                chunks.append(chunk)
+    sent = {i: got for i in range(50) if (got := assembled(chunks, i))["content"]}
+    assert {call.index for call in record.calls} == sent.keys() and 0 < len(sent) < 50
+    assert "cancelled" in {call.finish_reason for call in record.calls}
+    for call in record.calls:
+        got = sent[call.index]
+        assert call.sampled_ids.tolist() == got["token_ids"] and call.reply["content"] == got["content"]
+        assert len(call.logprobs) == len(call.sampled_ids)
+        assert got["finish_reason"] == [call.finish_reason] or call.finish_reason == "cancelled"
+
+
 def test_a_stream_that_nobody_read_frees_its_slots(serving):
     job, leases, ids = serving.open()
     body = {"messages": USER, "max_tokens": 24, "n": 60, "stream": True}

@@ -85,6 +85,8 @@ def test_a_rollouts_way(store, job):
         ({"reward": None}, "invalid_reward", "None"),
         ({"reward": float("nan")}, "invalid_reward", "nan"),
         ({"reward": float("-inf")}, "invalid_reward", "inf"),
+        ({"reward": -1e300}, "invalid_reward", "-1e+300"),  # infinite in float32, which is what is learned from
+        ({"reward": 10**400}, "invalid_reward", "1000"),
         ({"reward": "1"}, "invalid_reward", "'1'"),
         ({"error": {"type": "KeyError", "message": "x", "traceback": "T"}}, "exception", "KeyError: x"),
     ],
@@ -208,6 +210,20 @@ def test_ending_an_attempt_stops_its_model_calls(store, job):
     assert stopped == ["request"]
 
 
+CRASH = {"cause": "crash", "error": {"type": "WorkerCrash", "message": "killed", "traceback": ""}}
+
+
+@pytest.mark.parametrize("result, calls", [({"reward": 1.0}, 1), ({"reward": None}, 1), (CRASH, 0)])
+def test_a_result_has_open_streams_recorded(store, job, result, calls):
+    """An attempt that is given up has its calls as they were."""
+    ids = open_some(store, job, max_attempts=1)
+    (one,) = lease(store, job)
+    attempt = store.attempt_by_token(one["token"])
+    attempt.on_result.append(lambda: store.record_call(attempt, call()))
+    end(store, job, one["lease_id"], **result)
+    assert len(ended(store, job, ids)[0].calls) == calls
+
+
 def test_cancelled_rollouts_are_taken_back(store, job):
     ids = open_some(store, job, 3)
     (one,) = lease(store, job)
@@ -284,6 +300,17 @@ def test_discarding_steps_forgets_their_rollouts(store, job):
     assert store._database.read("SELECT count(*) FROM calls") == [(1,)]
 
 
+def test_an_evaluation_that_was_broken_off_is_forgotten(store, job):
+    trained, tested = open_some(store, job, 1, step=1), open_some(store, job, 2, step=1, mode="evaluate")
+    for one in lease(store, job, want=2):
+        end(store, job, one["lease_id"], reward=1.0)
+    store.wait(job, [trained[0], tested[0]])
+    store.discard_after(job, 1)
+    assert len(store.finished([*trained, *tested])) == 2
+    store.discard_after(job, 1, tested=False)
+    assert len(store.finished(trained)) == 1 and store.finished(tested) == []
+
+
 def test_pools_that_compete_get_every_rollout_once(store, job):
     ids = open_some(store, job, 300)
     taken: dict[int, int] = {}
@@ -341,6 +368,29 @@ def test_a_full_disk_is_an_error_and_what_was_there_stays(tmp_path):
     assert store.task("d", "train", 0) == {"question": 1} and store.dataset("big") == []
     assert store.job("main")["step"] == 0
     store.close()
+
+
+def fill_disk(store, job):
+    store._database._connection.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(StoreError, match="full"):
+        while True:
+            store.add_event(job, "note", 1, {"text": "x" * 10_000})
+            store.flush()
+
+
+@pytest.mark.parametrize("result", [{"reward": 1.0, "events": [{"kind": "span"}]}, {"reward": None}, CRASH])
+def test_nobody_waits_for_rollouts_behind_a_full_disk(store, job, result):
+    ids = open_some(store, job, 3)
+    first, second = lease(store, job, want=2)
+    fill_disk(store, job)
+    end(store, job, first["lease_id"], running=[second["lease_id"]], **result)
+    assert lease(store, job, running=[second["lease_id"]])
+    deadline = time.monotonic() + 5
+    with pytest.raises(StoreError, match="full"):
+        store.wait(job, ids, stop=lambda: time.monotonic() > deadline)
+    assert store.cancel_open(job) == (3 if result == CRASH else 2)
+    reply = store.exchange(job, "pool", [], [second["lease_id"]], 5)
+    assert reply["cancelled"] == [second["lease_id"]] and reply["leases"] == []
 
 
 KILLED = """
