@@ -53,7 +53,7 @@ class Client:
             "api_key": settings.api_key(api_key),
             "timeout_s": settings.timeout_s(timeout),
             "max_retries": settings.max_retries(max_retries),
-            "verify_ssl": verify_ssl,
+            "verify_ssl": settings.verify_ssl(verify_ssl),
         }
         self._transport = Transport(self.server_url, **self._connection)
         self._data_id: str | None = None
@@ -126,7 +126,7 @@ class Client:
             DataUploadError: `test_file`, as for `upload_data`.
             ServerConnectionError: the server cannot be reached, or stayed away for five minutes.
         """
-        _at_least_one(epochs=epochs, batch_size=batch_size, eval_interval=eval_interval)
+        settings.check_whole(1, epochs=epochs, batch_size=batch_size, eval_interval=eval_interval)
         choose_nworkers(nworkers)
         spec = {
             "kind": "train",
@@ -181,9 +181,11 @@ class Client:
         """
         choose_nworkers(nworkers)
         if num_samples is not None:
-            _at_least_one(num_samples=num_samples)
+            settings.check_whole(1, num_samples=num_samples)
         if isinstance(success_threshold, bool) or not isinstance(success_threshold, int | float):
             raise InvalidConfigError(f"success_threshold={success_threshold!r} is not a number")
+        if checkpoint is not None:
+            _a_path(checkpoint=checkpoint)
         spec = {
             "kind": "evaluate",
             "data_id": self._upload({"test": test_file}) if test_file else self._dataset(data_id),
@@ -227,6 +229,7 @@ class Client:
             InvalidConfigError: there is no such model, checkpoint or format, or the folder cannot be written.
             ServerConnectionError: the server cannot be reached, or stopped answering for longer than the retries.
         """
+        _a_path(output_dir=output_dir, checkpoint=checkpoint)
         with shown_progress(f"{checkpoint} as {format}") as progress:
             return self._download(output_dir, checkpoint, format, model, progress)
 
@@ -251,7 +254,9 @@ class Client:
             InvalidConfigError: there is no such job or mode.
             ServerConnectionError: the server cannot be reached.
         """
-        job_id = job if isinstance(job, str) else job.job_id
+        job_id = job if isinstance(job, str) else getattr(job, "job_id", None)
+        if not job_id:
+            raise InvalidConfigError(f"job={job!r} is neither a job's id nor a result of a job")
         wanted = {"step": step, "mode": mode}
         return self._trajectories(job_id, {name: value for name, value in wanted.items() if value is not None}, limit)
 
@@ -356,13 +361,7 @@ def choose_nworkers(nworkers: int, most: int | None = None) -> int:
     return nworkers
 
 
-def _at_least_one(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidConfigError(f"{name}={value!r} is not a whole number from 1 on")
-
-
 def _a_path(**arguments: str | os.PathLike) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, str | os.PathLike):
+        if not isinstance(value, str | os.PathLike) or not value:
             raise InvalidConfigError(f"{name}={value!r} is not a path")

@@ -126,11 +126,13 @@ def parse_task(line: bytes) -> dict:
     if not isinstance(task, dict):
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(task), "a number")
         raise LineError(f"{kind}, not an object", 'write {"question": ...} on every line')
-    if task.get("question") is None:
+    if "question" not in task:
         found = ", ".join(map(repr, itertools.islice(task, 8))) or "none"
         raise LineError(
             f"the field 'question' is missing (fields found: {found})", "rename the field that holds the question"
         )
+    if task["question"] is None:
+        raise LineError("the field 'question' is null", "give the task a question, or leave the line out")
     return task
 
 

@@ -21,7 +21,7 @@ DISTRIBUTION = "lightning-jax"
 PLUGINS = {"cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin", "tpu": "libtpu"}
 AGENT_PACKAGES = (
     *("openai", "anthropic", "langchain-openai", "langchain-anthropic", "langgraph", "openai-agents"),
-    *("pydantic-ai", "smolagents", "litellm", "crewai"),
+    *("pydantic-ai-slim", "smolagents", "litellm", "crewai"),
 )
 SERVER_TIMEOUT_S = 5.0
 MOST_NAMES = 4  # of missing packages

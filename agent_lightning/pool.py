@@ -59,7 +59,8 @@ class Pool:
         give_up_s: seconds without any answer from the server before the pool ends with an error; a restart of the
             server within that time goes unnoticed.
         start_timeout_s: seconds that a worker may take to load the agent.
-        on_output: called with (worker id, whole lines) for what agents print; by default they go to stderr.
+        on_output: called with (worker id, text) for what agents print; by default it goes to stderr. The text is whole
+            lines, but for a rollout's last one that has no end and for pieces of a very long one.
         worker_ids: the workers' numbers, `nworkers` of them; by default from 0 on.
 
     Raises:
@@ -222,15 +223,20 @@ class Pool:
             self._leases.add(workers=1)
             self._start_workers()
         else:
+            self._show_output(worker, unfinished=True)  # or it would begin the next rollout's
             self._counts[message["cause"] or "succeeded"] += 1
             self._leases.add(workers=1, result=message)
 
     def _on_print(self, worker: WorkerProcess) -> None:
-        text, ended = worker.read_output()
+        if self._show_output(worker):
+            self._selector.unregister(worker.output)
+
+    def _show_output(self, worker: WorkerProcess, *, unfinished: bool = False) -> bool:
+        """Hands on what a worker has printed; True when its stream has ended."""
+        text, ended = worker.read_output(unfinished=unfinished)
         if text and worker.state is not State.DYING:  # what is printed in dying goes into the error
             self._on_output(worker.worker_id, text)
-        if ended:
-            self._selector.unregister(worker.output)
+        return ended
 
     def _hand_out(self) -> None:
         """Gives leases to idle workers, and ends what the server has taken back."""
@@ -316,12 +322,11 @@ class Pool:
         deadline = time.monotonic() + EXIT_GRACE_S
         while (leaving := [worker for worker in leaving if not worker.has_exited()]) and time.monotonic() < deadline:
             for worker in leaving:
-                text, _ = worker.read_output()  # or a worker could hang on a full pipe
-                if text:
-                    self._on_output(worker.worker_id, text)
+                self._show_output(worker)  # or a worker could hang on a full pipe
             time.sleep(0.005)
         for worker in self._workers.values():
             worker.kill()
+            self._show_output(worker, unfinished=True)
             worker.close()
         self._workers.clear()
         self._selector.close()

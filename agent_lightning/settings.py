@@ -16,7 +16,8 @@ def server_url(argument: str | None = None) -> str:
     """The server's base URL without a trailing slash.
 
     Raises:
-        InvalidConfigError: neither the argument nor AGENT_LIGHTNING_SERVER_URL is given, or it is not an HTTP URL.
+        InvalidConfigError: neither the argument nor AGENT_LIGHTNING_SERVER_URL is given, or it is not an HTTP URL, or
+            more than the base of one.
     """
     source, given = ("server_url", argument) if argument else (SERVER_URL, os.environ.get(SERVER_URL))
     url = str(given or "").strip()
@@ -32,6 +33,10 @@ def server_url(argument: str | None = None) -> str:
         is_url = False
     if not is_url or " " in url:
         raise InvalidConfigError(f"{source}={given!r} is not a URL", hint="it looks like http://localhost:8000")
+    if "?" in url or "#" in url or parts.path.rstrip("/").endswith("/v1"):
+        raise InvalidConfigError(
+            f"{source}={given!r} is more than the server's base URL", hint="it looks like http://localhost:8000"
+        )
     return url.rstrip("/")
 
 
@@ -57,16 +62,20 @@ def max_retries(argument: int | None = None) -> int:
     Raises:
         InvalidConfigError: LIGHTNING_MAX_RETRIES or the argument is not a whole number from 0 on.
     """
-    source, value = ("max_retries", argument) if argument is not None else (MAX_RETRIES, os.environ.get(MAX_RETRIES))
-    if value is None or value == "":
-        return DEFAULT_MAX_RETRIES
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0:
-        raise InvalidConfigError(f"{source}={value!r} is not a whole number from 0 on")
-    return number
+    if argument is not None:
+        check_whole(0, max_retries=argument)
+        return argument
+    given = os.environ.get(MAX_RETRIES) or str(DEFAULT_MAX_RETRIES)
+    if not given.strip().isdecimal():
+        raise InvalidConfigError(f"{MAX_RETRIES}={given!r} is not a whole number from 0 on")
+    return int(given)
+
+
+def check_whole(least: int, **arguments: int) -> None:
+    """Raises InvalidConfigError unless all are whole numbers from `least` on."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InvalidConfigError(f"{name}={value!r} is not a whole number from {least} on")
 
 
 def timeout_s(argument: float) -> float:
@@ -78,3 +87,17 @@ def timeout_s(argument: float) -> float:
     if isinstance(argument, bool) or not isinstance(argument, int | float) or not 0 < argument < float("inf"):
         raise InvalidConfigError(f"timeout={argument!r} is not a positive number of seconds")
     return float(argument)
+
+
+def verify_ssl(argument: bool) -> bool:
+    """Whether the server's certificate is checked.
+
+    Raises:
+        InvalidConfigError: it is not a bool.
+    """
+    if not isinstance(argument, bool):
+        raise InvalidConfigError(
+            f"verify_ssl={argument!r} is neither True nor False",
+            hint="certificates of your own authority are checked with SSL_CERT_FILE=/its/certificate.pem",
+        )
+    return argument

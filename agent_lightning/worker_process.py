@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from agent_lightning.framing import FrameReader
 
-TAIL_CHARS = 4000
+TAIL_CHARS = 16_000  # faulthandler's 100 frames
+LINE_BYTES = 1 << 20
 ASK_WHERE_S = 0.25  # between asking a hung worker for its stack and killing it
 
 
@@ -51,7 +52,7 @@ class WorkerProcess:
         self.cause: str | None = None
         self._reader = FrameReader()
         self._unsent = memoryview(hello)
-        self._line_start = b""
+        self._line_start = bytearray()
         self._tail = ""
         self.socket, child_socket = socket.socketpair()
         self.output, child_output = os.pipe()
@@ -108,9 +109,14 @@ class WorkerProcess:
             return None
         return self._reader.feed(data) if data else None
 
-    def read_output(self) -> tuple[str, bool]:
-        """(the complete lines printed since the last call, whether the stream has ended)."""
-        data, ended = self._line_start, False
+    def read_output(self, *, unfinished: bool = False) -> tuple[str, bool]:
+        """(what was printed since the last call, whether the stream has ended).
+
+        Args:
+            unfinished: whether a last line without its end is wanted too. Otherwise it waits for the next call, unless
+                the stream has ended or the line exceeds LINE_BYTES.
+        """
+        before, ended = len(self._line_start), False
         for _ in range(16):  # bounded, because an agent may print faster than this reads
             try:
                 piece = os.read(self.output, 1 << 16)
@@ -121,10 +127,12 @@ class WorkerProcess:
             if not piece:
                 ended = True
                 break
-            data += piece
-        lines, newline, rest = data.rpartition(b"\n")
-        self._line_start = b"" if ended else rest
-        text = (lines + newline + (rest if ended else b"")).decode(errors="replace")
+            self._line_start += piece
+        size = self._line_start.rfind(b"\n", before) + 1
+        if unfinished or ended or len(self._line_start) - size > LINE_BYTES:
+            size = len(self._line_start)
+        text = self._line_start[:size].decode(errors="replace")
+        del self._line_start[:size]
         self._tail = (self._tail + text)[-TAIL_CHARS:]
         return text, ended
 

@@ -12,6 +12,7 @@ names one can still pass on another.
     app.run(main, flags_parser=command_line.parse_flags)
 """
 
+import difflib
 import os
 import re
 import traceback
@@ -151,10 +152,19 @@ def _explained(error: BaseException, file: str) -> InvalidConfigError:
             if os.path.abspath(frame.filename) == os.path.abspath(file):
                 return _in_config_file(cause, f"{file}, line {frame.lineno}")
         cause = cause.__cause__ or cause.__context__
-    hint = None
-    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in config_lib.setting_types():
-        hint = f"write --config.{error.flagname}"
-    return InvalidConfigError(str(error), hint=hint)  # an unknown flag, with absl's own suggestion
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname)
+    return InvalidConfigError(str(error))
+
+
+def _unknown_flag(name: str) -> InvalidConfigError:
+    """With the closest of this program's flags, if any is close; absl would suggest its own too."""
+    settings = config_lib.setting_types()
+    hint = f"write --config.{name}" if name in settings else None
+    ours = ["--config", "--server_config", *map(cli.flag_of, settings)]
+    if hint is None and (close := difflib.get_close_matches(name, [flag.removeprefix("--") for flag in ours], n=1)):
+        hint = f"did you mean --{close[0]}?"
+    return InvalidConfigError(f"unknown command line flag {name!r}", hint=hint)
 
 
 def _in_config_file(error: BaseException, source: str) -> InvalidConfigError:

@@ -167,7 +167,10 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--kl_coef", type=float, default=0.001, help="0 leaves the reference out")
     parser.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches of an update")
     parser.add_argument("--repeats", type=int, default=3, help="updates to take the median of")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompt and args.prompt >= min(args.length):
+        parser.error(f"--prompt={args.prompt} leaves nothing to sample of {min(args.length)} tokens")
+    return args
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ def main() -> None:
     elif kind not in CHIPS:
         parser.error(f"no chip is called {kind!r}; known: cpu, {', '.join(CHIPS)}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has stays free
-    mesh = tuple(int(n) for n in args.mesh.split(",")) if args.mesh else (1, chips, 1)
-    if len(mesh) != 3:
+    if args.mesh and not re.fullmatch(r"\d+,\d+,\d+", args.mesh):
         parser.error("--mesh is three numbers: data,fsdp,tensor")
+    mesh = tuple(int(n) for n in args.mesh.split(",")) if args.mesh else (1, chips, 1)
 
     from agent_lightning.exceptions import AgentLightningError
 

@@ -5,6 +5,7 @@ python scripts/plot_curve.py runs/quickstart-seed* --control runs/control --outp
 
 import argparse
 import pathlib
+import sys
 
 import matplotlib
 
@@ -23,6 +24,8 @@ def draw(workdirs: list[pathlib.Path], controls: list[pathlib.Path], output: pat
         is_control = workdir in controls
         colour = "#888888" if is_control else COLOURS[i % len(COLOURS)]
         rows = metrics.read_metrics(workdir)
+        if not rows:
+            sys.exit(f"error: no metrics in {workdir}")
         train = [(row["step"], row["reward/mean"]) for row in rows if row.get("reward/mean") is not None]
         held_out = [(row["step"], row["eval/reward"]) for row in rows if row.get("eval/reward") is not None]
         axes.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,20 @@ def test_the_test_script_installs_the_extras_and_runs_pytest(clone):
 def test_ci_runs_exactly_the_test_script():
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
     assert commands[-1].endswith('/../scripts/test.sh"') and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("bench_learner.py --model=builtin:tiny --length=64 --prompt=64", "--prompt=64 leaves nothing to sample of 64"),
+        ("plot_curve.py no/such/run --output=plot.png", "error: no metrics in no/such/run"),
+        ("plan.py --model llama3.1-8b --topology cpu:4 --mesh a", "--mesh is three numbers: data,fsdp,tensor"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(tmp_path, command, says):
+    name, *arguments = command.split()
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The command line: help, errors, completion, the doctor, and every command against one real server process."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,7 @@ def test_an_error_is_one_line_and_a_hint(capsys, arguments, says):
         (["--model", "no/such/folder"], {}, ["no/such/folder", "give a local folder"]),
         (["--model", "some/model"], {}, ["some/model", "hf download some/model"]),
         (["--config.sampler.max_slot=3"], {}, ["max_slots"]),
+        (["--prot", "1"], {}, ["unknown command line flag 'prot'\n  hint: did you mean --port?"]),
         (["--algorithm", "grppo"], {"LIGHTNING_RL_ALGORITHM": "grpo"}, ["did you mean 'grpo'"]),
         ([], {"LIGHTNING_DEVICE": "cuda", "JAX_PLATFORMS": ""}, ["device 'cuda'", "LIGHTNING_DEVICE", "doctor"]),
     ],
@@ -318,6 +321,10 @@ def test_the_doctor_examines_packages_server_devices_and_memory(server):
     for text in (f"agent-lightning {cli.__version__}", "Python 3.", "httpx", "cpu", "Adam's moments", "to serve"):
         assert text in done.stdout, done.stdout
     assert "everything fits" in done.stdout or "set runtime." in done.stdout
+    for agents in re.findall("^  agents .*", done.stdout, re.MULTILINE):
+        for package in ("openai", "anthropic", "pydantic-ai-slim", "smolagents"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                assert f"{package} {metadata.version(package)}" in agents
 
 
 def test_the_doctor_finds_what_is_wrong():

@@ -132,7 +132,9 @@ def test_samples_of_a_task_differ_and_give_pass_at_k(client, tmp_path):
     assert sampled.standard_error == pytest.approx(spread / math.sqrt(3)), "over tasks: samples of one are no news"
 
     def once(resource, task):
+        assert resource.metadata["num_samples"] == "the agent's own"
         return float(sum(map(ord, answer(resource, task)[0])))
 
-    first, second = (client.evaluate(once, test_file, nworkers=1) for _ in range(2))
+    own = {"num_samples": "the agent's own"}
+    first, second = (client.evaluate(once, test_file, nworkers=1, metadata=own) for _ in range(2))
     assert first.rewards == second.rewards and first.pass_at_k == {}, "greedy where the agent does not decide"

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from agent_lightning import Client, DataUploadError, InvalidConfigError, ServerConnectionError, dataset
+from agent_lightning import Client, DataUploadError, EvalResult, InvalidConfigError, ServerConnectionError, dataset
 from agent_lightning.client import choose_nworkers
 
 GOOD = b'{"question": "What is 2+2?", "ground_truth": "4", "schema": {"a": [1]}}\n\n{"question": "Capital of France?"}'
@@ -51,6 +51,7 @@ def test_the_id_follows_from_the_contents_unless_it_is_given(served, files):
         (b"[1]", "an array, not an object"),
         (b"3", "a number, not an object"),
         (b'{"prompt": "x"}', "'question' is missing (fields found: 'prompt')"),
+        (b'{"question": null}', "the field 'question' is null"),
         (b'{"question": "\xff"}', "not valid JSON"),
     ],
 )
@@ -150,7 +151,8 @@ def test_nobody_there(files):
         client.upload_data(files(GOOD))
 
 
-def test_bad_arguments_start_nothing(served, files):
+def test_bad_arguments_start_nothing(served, files, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     client = Client(served.url)
     with pytest.raises(InvalidConfigError, match="no dataset"):
         client.train(lambda resource, task: 1)
@@ -165,8 +167,19 @@ def test_bad_arguments_start_nothing(served, files):
         client.evaluate(lambda resource, task: 1, num_samples=0)
     with pytest.raises(InvalidConfigError, match="success_threshold='x'"):
         client.evaluate(lambda resource, task: 1, num_samples=2, success_threshold="x")
+    for checkpoint in (5, ""):
+        with pytest.raises(InvalidConfigError, match=f"checkpoint={checkpoint!r} is not a path"):
+            client.evaluate(lambda resource, task: 1, checkpoint=checkpoint)
+    for arguments in ({"output_dir": ""}, {"output_dir": None}, {"checkpoint": 5}):
+        with pytest.raises(InvalidConfigError, match=f"{next(iter(arguments))}=.* is not a path"):
+            client.download_model(**{"output_dir": "model"} | arguments)
+    for job in (None, 5, "", EvalResult(0.0, 0.0)):
+        with pytest.raises(InvalidConfigError, match="job=.* is neither a job's id nor a result of a job"):
+            client.trajectories(job)
     with pytest.raises(InvalidConfigError, match="train_file=None is not a path"):
         client.upload_data(None)
+    with pytest.raises(InvalidConfigError, match="train_file='' is not a path"):
+        client.upload_data("")
     with pytest.raises(DataUploadError, match="data_id 5"):
         client.upload_data(files(GOOD), data_id=5)
     with pytest.raises(InvalidConfigError, match="server_url=5"):
@@ -174,6 +187,12 @@ def test_bad_arguments_start_nothing(served, files):
     for timeout in (0, -1, "300", True):
         with pytest.raises(InvalidConfigError, match="timeout="):
             Client(served.url, timeout=timeout)
+    for max_retries in (1.5, True, "3", ""):
+        with pytest.raises(InvalidConfigError, match="max_retries="):
+            Client(served.url, max_retries=max_retries)
+    for verify_ssl in ("no", None, 0):
+        with pytest.raises(InvalidConfigError, match="verify_ssl="):
+            Client(served.url, verify_ssl=verify_ssl)
     with pytest.raises(InvalidConfigError, match="agent script not found"):
         client.train("nowhere.py")
     assert served.store.jobs() == []

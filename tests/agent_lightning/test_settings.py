@@ -30,6 +30,13 @@ def test_what_is_no_url_is_named(url):
         Client("http://xn--\u00fc.example")  # only the HTTP library knows
 
 
+@pytest.mark.parametrize("url", ["http://h:8000/v1", "http://h/v1/", "http://h/?a=b", "http://h#f", "http://h/lab/v1"])
+def test_more_than_the_base_url_is_refused(url):
+    with pytest.raises(InvalidConfigError, match=re.escape(f"server_url={url!r} is more than the server's base URL")):
+        Client(url)
+    assert Client("http://v1/lab").server_url == "http://v1/lab"  # behind a proxy
+
+
 def test_white_space_around_url_and_key_is_no_part_of_them(monkeypatch):
     assert Client(" http://localhost:8000/\n").server_url == "http://localhost:8000"
     assert settings.api_key("secret\n") == "secret"

@@ -59,7 +59,7 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_tasks(store):
         (b"null", "null, not an object"),
         (b"3", "a number, not an object"),
         (b'{"ground_truth": "4"}', "'question' is missing"),
-        (b'{"question": null}', "'question' is missing"),
+        (b'{"question": null}', "'question' is null"),
         (b'{"question": "a"', "not valid JSON"),
         (b'{"question": NaN}', "not valid JSON: NaN"),
         (b'{"question": "a", "x": -1e999}', "not valid JSON: -1e999"),
