@@ -177,11 +177,7 @@ def abstract_state(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), lora.trained_specs(config, settings.trainable)
     )
     state = jax.eval_shape(functools.partial(update.init_state, settings), trained)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        update.state_shardings(config, settings, mesh),
-    )
+    return _placed(state, update.state_shardings(config, settings, mesh))
 
 
 def abstract_pages(config: llama.LlamaConfig, shapes: SamplerShapes, mesh: jax.sharding.Mesh) -> Any:
@@ -207,11 +203,8 @@ def _abstract_totals(params: llama.Params, mesh: jax.sharding.Mesh) -> update.To
 def _abstract_critic(
     config: llama.LlamaConfig, settings: update.LearnerSettings, policy: llama.Params, mesh: jax.sharding.Mesh
 ) -> tuple[critic.CriticState, critic.CriticTotals]:
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(functools.partial(critic.init_state, settings, config), policy),
-        critic.state_shardings(config, settings, mesh),
-    )
+    state = jax.eval_shape(functools.partial(critic.init_state, settings, config), policy)
+    state = _placed(state, critic.state_shardings(config, settings, mesh))
     scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     return state, critic.CriticTotals(state.params, scalar, scalar)
 
@@ -222,6 +215,11 @@ def _unstacked(layers: dict[str, Any], num_layers: int) -> list[dict[str, Any]]:
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
 
     return [jax.tree.map(layer, layers) for _ in range(num_layers)]
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with these shardings, a tree like theirs."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def _whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -199,5 +199,5 @@ def on_own_rows(function: Callable, weights: Any, *arrays: jax.Array) -> Any:
     of_rows = jax.shard_map(
         function, in_specs=in_specs, out_specs=PartitionSpec(divided), axis_names=set(divided), check_vma=False
     )
-    # Copies, which XLA does not make: JAX 0.12 adds no gradient of what is not divided to a `Ref` (`update.accumulate`)
+    # Copies, which XLA does not make: JAX 0.12 adds no gradient of what is not divided to a `Ref` (`add_gradient`).
     return of_rows(jax.tree.map(jnp.copy, weights), *arrays)

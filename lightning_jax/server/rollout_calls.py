@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from fastapi import Request, Response
 
+from agent_lightning.runtime.recorder import MAX_TEXT_CHARS
 from lightning_jax.server import wire
 from lightning_jax.server.roles import Generators
 from lightning_jax.store import CallRecord
-
-_MAX_CONTENT_CHARS = 20_000
 
 
 async def calls(request: Request) -> Response:
@@ -48,7 +47,7 @@ def tool_results(ended: Sequence[CallRecord]) -> dict:
                 results[tool_call_id] = {
                     "tool_call_id": tool_call_id,
                     "name": made[tool_call_id]["name"],
-                    "content": message["content"][:_MAX_CONTENT_CHARS],
+                    "content": message["content"][:MAX_TEXT_CHARS],
                     "call_index": made[tool_call_id]["call_index"],
                 }
     return {"tool_calls": list(made.values()), "results": list(results.values())}
