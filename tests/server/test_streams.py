@@ -287,15 +287,20 @@ def test_a_stream_that_is_open_when_the_result_comes_keeps_what_was_sent(serving
 
 
 def test_a_stream_that_nobody_read_frees_its_slots(serving):
+    """However late its end is seen, no sample begins after it; one that had ended by then is as it is."""
     job, leases, ids = serving.open()
-    body = {"messages": USER, "max_tokens": 24, "n": 60, "stream": True}
+    body = {"messages": USER, "max_tokens": 400, "n": 60, "stream": True}
     url = f"{serving.model_api(leases[0])}/chat/completions"
+    before = serving.policy.sampler_metrics()["sampler/generated_tokens"]
     with httpx.Client() as http, http.stream("POST", url, json=body) as reply:
         assert reply.status_code == 200
     attempt = serving.store.attempt_by_token(leases[0]["token"])
     wait_for(lambda: not attempt.on_end)
+    wait_for(lambda: serving.policy.sampler_metrics()["sampler/running"] == 0)
+    assert serving.policy.sampler_metrics()["sampler/generated_tokens"] - before < 60 * 400 / 2
     (record,) = serving.finish(job, leases, ids)
-    assert all(call.finish_reason == "cancelled" for call in record.calls) and len(record.calls) < 60
+    assert all((call.finish_reason == "cancelled") == (len(call.sampled_ids) < 400) for call in record.calls)
+    assert len(record.calls) < 60
 
 
 def wait_for(condition) -> None:
