@@ -100,7 +100,8 @@ def update_bytes(
         "dots": 3 * width + qkv + 2 * mlp + adapted,
         None: 15 * width + 7 * qkv + (2 * heads * length if is_dense else 0),
     }[learner.remat]
-    return int(gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits))
+    needed = gradients + model.num_layers * tokens * saved * itemsize + max(layer, logits)
+    return int(1.05 * needed if platform == "cpu" else needed)  # XLA's buffer assignment leaves gaps there
 
 
 def largest_micro_batch(learner: LearnerSettings, max_seq_len: int, sizes: tuple[int, int, int]) -> tuple[int, int]:
