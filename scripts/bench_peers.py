@@ -347,10 +347,11 @@ class PeakMemory:
     def _watch(self) -> None:
         next_look = 0.0
         while not self._ended.wait(0.2):
-            start = time.perf_counter()
-            if start >= next_look:  # the system takes milliseconds to tell a process's shared pages
+            now = time.perf_counter()
+            if now >= next_look:  # the system takes milliseconds to tell a process's shared pages
+                used = time.thread_time()
                 below = sum(_held_bytes(pid, "smaps_rollup", "Pss") for pid in _descendants(self._pid))
-                next_look = start + 100 * (time.perf_counter() - start)
+                next_look = now + 100 * (time.thread_time() - used)
             self.peak_bytes = max(self.peak_bytes, _held_bytes(self._pid, "status", "VmRSS") + below)
 
 
