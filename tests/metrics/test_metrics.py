@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,11 @@ def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, monkeypatch)
             ids.append((tmp_path / "wandb_run_id").read_text())
     assert ids[0] == ids[1]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert files and all(b"reward/mean" in file.read_bytes() for file in files)
+    deadline = time.monotonic() + 30  # W&B's own process may write a file after the run has finished
+    while not all(b"reward/mean" in file.read_bytes() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert files
 
 
 SAMPLES = [
