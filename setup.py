@@ -35,10 +35,10 @@ COMMON = [
 TRACING = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 
 EXTRAS = {
-    "server": ["jax>=0.10,<0.12", *COMMON],
-    "cuda12": ["jax[cuda12]>=0.10,<0.12", *COMMON],
-    "cuda13": ["jax[cuda13]>=0.10,<0.12", *COMMON],
-    "tpu": ["jax[tpu]>=0.10,<0.12", *COMMON],
+    "server": ["jax>=0.10,<0.13", *COMMON],
+    "cuda12": ["jax[cuda12]>=0.10,<0.13", *COMMON],
+    "cuda13": ["jax[cuda13]>=0.10,<0.13", *COMMON],
+    "tpu": ["jax[tpu]>=0.10,<0.13", *COMMON],
     "ray": ["ray>=2.40"],
     "onnx": ["onnx>=1.17"],  # download_model(format="onnx")
     "parquet": ["pyarrow>=17"],  # trajectories as Parquet
@@ -64,7 +64,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ipykernel>=6.29",
         # The TPU's compiler: tests compile for described TPUs. It changes nothing where there are none.
-        "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "jsonschema>=4.20",
         "langchain>=1.0",
         "langchain-anthropic>=1.0",
