@@ -70,12 +70,19 @@ class LlamaConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidConfigError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads evenly"
+            )
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
         """Reads the contents of a Hugging Face `config.json`.
 
         Raises:
-            InvalidConfigError: the family, or a switch of it, is not one this package computes; or a size is missing.
+            InvalidConfigError: the family, or a switch of it, is not one this package computes; or a size is missing
+                or makes no sense.
         """
         family = hf.get("model_type")
         if family not in _FAMILY_DEFAULTS:
@@ -83,9 +90,12 @@ class LlamaConfig:
                 f"model_type {family!r} is not supported", hint=f"supported: {', '.join(_FAMILY_DEFAULTS)}"
             )
         hf = _FAMILY_DEFAULTS[family] | hf
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += ["max_position_embeddings"]
         if missing := [key for key in sizes if hf.get(key) is None]:
             raise InvalidConfigError(f"config.json lacks {', '.join(missing)}")
+        sizes += [key for key in ("num_key_value_heads", "head_dim") if hf.get(key) is not None]
+        check_numbers("config.json", {key: hf[key] for key in sizes})
         _reject_unsupported(hf)
         theta, scaling = _rope(hf)
         eos = hf.get("eos_token_id")
@@ -108,7 +118,7 @@ class LlamaConfig:
             sliding_window=_sliding_window(hf),
             max_seq_len=hf["max_position_embeddings"],
             model_type=family,
-            bos_id=bos[0] if isinstance(bos, list) else bos,
+            bos_id=next(iter(bos), None) if isinstance(bos, list) else bos,
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             pad_id=hf.get("pad_token_id"),
         )
@@ -147,6 +157,16 @@ class LlamaConfig:
         return hf
 
 
+def check_numbers(source: str, numbers: dict[str, Any], kind: type = int) -> None:
+    """Raises InvalidConfigError that names the first number that is not one number above 0 of its kind."""
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            shown = repr(value)[:40]  # some models give each layer a size of its own, as a list
+            raise InvalidConfigError(
+                f"{source}'s {key} is {shown}; only one number above 0 is supported ({kind.__name__})"
+            )
+
+
 def _reject_unsupported(hf: dict[str, Any]) -> None:
     """Raises for switches that would change the result and are not computed here."""
     wrong = {
@@ -163,9 +183,13 @@ def _reject_unsupported(hf: dict[str, Any]) -> None:
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    """Base and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+    A `rope_scaling` beside `rope_parameters` takes their place, as in transformers 5; but not that of their base.
+    """
+    parameters = hf.get("rope_parameters") or {}
+    rope = hf.get("rope_scaling") or parameters
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or parameters.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None

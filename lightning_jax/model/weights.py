@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax.model.config import LlamaConfig, RopeScaling
+from lightning_jax.model.config import LlamaConfig, RopeScaling, check_numbers
 from lightning_jax.model.llama import Params, abstract_params
 
 BUILTIN = "builtin:"
@@ -215,6 +215,12 @@ def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         reader = gguf.GGUFReader(file)
     except (IndexError, KeyError) as error:  # what the reader runs into where a file is cut short or damaged
         raise InvalidConfigError("the GGUF file is cut short or damaged", hint="fetch the model again") from error
+    split = reader.get_field("split.count")
+    if split is not None and split.contents() > 1:
+        raise InvalidConfigError(
+            f"it is one of {split.contents()} GGUF files that the model is split into",
+            hint="join them with llama.cpp's `llama-gguf-split --merge FIRST_FILE JOINED_FILE`",
+        )
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = _gguf_config(reader, found)
     # llama.cpp interleaves the halves of each rotated head (of its "llama" architecture only).
@@ -288,17 +294,15 @@ def _gguf_config(reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor])
 def _check_gguf_sizes(get: Callable[..., Any], family: str, tensors: dict[str, gguf.ReaderTensor]) -> None:
     """Raises InvalidConfigError that names the metadata that is missing, or a size that is not one number."""
     names = ("embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count")
-    keys = [f"{family}.{name}" for name in (*names, "attention.layer_norm_rms_epsilon")]
-    optional = [f"{family}.{name}" for name in ("attention.head_count_kv", "attention.key_length", "rope.freq_base")]
+    sizes = [f"{family}.{name}" for name in names]
+    scales = [f"{family}.attention.layer_norm_rms_epsilon"]
     if get(f"{family}.rope.scaling.type") == "linear":
-        keys.append(f"{family}.rope.scaling.factor")
-    if missing := [key for key in keys if get(key) is None]:
+        scales.append(f"{family}.rope.scaling.factor")
+    if missing := [key for key in (*sizes, *scales) if get(key) is None]:
         raise InvalidConfigError(f"the GGUF file's metadata lacks {', '.join(missing)}", hint="convert the model again")
-    for key in (*keys, *optional):
-        value = get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            shown = str(value)[:40]  # some models give each layer a size of its own, as a list
-            raise InvalidConfigError(f"the GGUF file's {key} is {shown}; only one number above 0 is supported")
+    sizes += [f"{family}.attention.head_count_kv", f"{family}.attention.key_length"]
+    check_numbers("the GGUF file", {key: get(key, 1) for key in sizes})
+    check_numbers("the GGUF file", {key: get(key, 1) for key in (*scales, f"{family}.rope.freq_base")}, float)
     if "token_embd.weight" not in tensors:
         raise InvalidConfigError("the GGUF file lacks the tensor token_embd.weight", hint="fetch the model again")
 

@@ -97,8 +97,8 @@ def build_continuation(
 ) -> Prompt:
     """Makes the prompt that lets the model write on after the last of canonical `messages`, the assistant's.
 
-    Where that message is the reply of an earlier call, its recorded ids are gone on from; otherwise it is encoded
-    behind the prompt of the messages before it. Arguments and errors as for `build_prompt`.
+    Where that message is the reply of an earlier call, all that was sampled, its recorded ids are gone on from;
+    otherwise it is encoded behind the prompt of the messages before it. Arguments and errors as for `build_prompt`.
     """
     *messages, final = messages
     if final["role"] != "assistant" or final.get("tool_calls") or not messages:
@@ -107,13 +107,19 @@ def build_continuation(
     for index in reversed(range(len(earlier))):
         call = earlier[index]
         if list(call.messages) == messages and list(call.tools or ()) == tools and _is_reply(final, call.reply):
-            recorded = [*call.prompt_ids, *call.sampled_ids]
-            if recorded[-1] in tokenizer.eos_ids:  # it had ended; without that end it is no longer that call
-                return Prompt(recorded[:-1], None)
-            return Prompt(recorded, index)
+            ids = without_end(tokenizer, call.sampled_ids)
+            if tokenizer.decode(ids, skip_special=True) != (call.reply["content"] or ""):
+                continue  # a stop string hid the end of it
+            # Without the end that it had, it is no longer that call.
+            return Prompt([*call.prompt_ids, *ids], index if len(ids) == len(call.sampled_ids) else None)
     prompt = build_prompt(tokenizer, messages, tools, earlier)
     begun = tokenizer.encode_after(prompt.ids[-1], final["content"]) if final["content"] else []
     return Prompt(prompt.ids + begun, prompt.parent)
+
+
+def without_end(tokenizer: Tokenizer, sampled_ids: Sequence[int]) -> Sequence[int]:
+    """Sampled ids without the end-of-sequence id, if they end with one."""
+    return sampled_ids[:-1] if sampled_ids and sampled_ids[-1] in tokenizer.eos_ids else sampled_ids
 
 
 def _extended_call(messages: list[dict], tools: list[dict], earlier: Sequence[Call]) -> int | None:

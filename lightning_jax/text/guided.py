@@ -273,8 +273,75 @@ def _json(schema: Any, *, lenient: bool = False) -> str:
         raise ValueError(f"a JSON schema is an object, not {type(schema).__name__}")
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
+    schema = _corrected(schema, lenient)
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
     return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
+
+
+# Keywords whose values are schemas by name, and those whose values are no schemas.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+
+
+def _corrected(schema: Any, lenient: bool) -> Any:
+    """A schema, or a list of them, without what llguidance 1.9 gets wrong.
+
+    Raises:
+        ValueError: that cannot be done. Not raised if `lenient`.
+    """
+    if isinstance(schema, list):
+        return [_corrected(item, lenient) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if not lenient:
+        _check_bounds(schema)
+    corrected = {}
+    for key, value in schema.items():
+        if key == "pattern" and isinstance(value, str):
+            value = _without_nul(value)
+        elif key in _NAMED and isinstance(value, dict):
+            spell = _without_nul if key == "patternProperties" else str
+            value = {spell(name): _corrected(child, lenient) for name, child in value.items()}
+        elif key not in _VALUES:
+            value = _corrected(value, lenient)
+        corrected[key] = value
+    return corrected
+
+
+def _without_nul(pattern: str) -> str:
+    """The pattern with NUL among what its negated classes exclude.
+
+    llguidance lets a class that has all control characters match an escaped `"` and `\\`, though it excludes them.
+    """
+
+    def exclude(match: re.Match) -> str:
+        if match["start"] is None:
+            return match[0]
+        literal = match["literal"]  # "]" and "-" stand for themselves only where a class begins
+        return r"[^\x00" + ("\\" + literal if literal else "")
+
+    return re.sub(r"\\.|(?P<start>\[\^)(?P<literal>[\]-]?)", exclude, pattern, flags=re.DOTALL)
+
+
+def _check_bounds(schema: dict) -> None:
+    """Raises ValueError where llguidance would let a number be the whole number that it must not be.
+
+    That happens where the other bound is less than 1 away: 0 is then found to be above 0 and below 0.5.
+    """
+    kinds = schema.get("type", "number")
+    if "number" not in (kinds if isinstance(kinds, list) else [kinds]):
+        return
+    for excluded, others, sign in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), 1),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -1),
+    ):
+        bounds = {key: sign * schema[key] for key in (excluded, *others) if isinstance(schema.get(key), (int, float))}
+        bound = bounds.pop(excluded, -1)
+        if bound >= 0 and bound % 1 == 0 and any(other < bound + 1 for other in bounds.values()):
+            raise ValueError(
+                f"a JSON schema's {excluded} of {schema[excluded]} cannot be enforced beside {', '.join(bounds)} "
+                "so near to it"
+            )
 
 
 def _load(schema: dict | bool | str) -> Any:

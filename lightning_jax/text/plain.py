@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from lightning_jax.text.chat import Prompt
+from lightning_jax.text.chat import Prompt, without_end
 
 if TYPE_CHECKING:
     from lightning_jax.text.tokenizer import Tokenizer
@@ -45,13 +45,13 @@ def build_plain_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], earlie
     best, best_text = None, ""
     for index, call in enumerate(earlier):
         if call.prompt_text is not None and len(call.sampled_ids):
-            ids, before = _without_end(tokenizer, call.sampled_ids), call.prompt_text
+            ids, before = without_end(tokenizer, call.sampled_ids), call.prompt_text
             text = before + tokenizer.decode(ids, skip_special=True, continues=bool(before))
             if prompt.startswith(text) and len(text) >= len(best_text):
                 best, best_text = index, text
     if best is not None:
         call = earlier[best]
-        recorded = [*call.prompt_ids, *_without_end(tokenizer, call.sampled_ids)]
+        recorded = [*call.prompt_ids, *without_end(tokenizer, call.sampled_ids)]
         rest = prompt[len(best_text) :]
         ids = recorded + (tokenizer.encode_after(recorded[-1], rest) if rest else [])
         return Prompt(ids, best if call.sampled_ids[-1] not in tokenizer.eos_ids else None)
@@ -59,10 +59,6 @@ def build_plain_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], earlie
     if not ids:
         raise ValueError("prompt: an empty text has no token, and this model's texts begin with none of their own")
     return Prompt(ids, None)
-
-
-def _without_end(tokenizer: Tokenizer, sampled_ids: Sequence[int]) -> Sequence[int]:
-    return sampled_ids[:-1] if sampled_ids[-1] in tokenizer.eos_ids else sampled_ids
 
 
 def _extended_by_ids(prompt: Sequence[int], earlier: Sequence[TextCall]) -> int | None:

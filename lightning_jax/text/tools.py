@@ -25,7 +25,9 @@ Family = Literal["hermes", "llama3", "mistral"]
 # Tokens that mark calls. Some vocabularies flag them as special; a reply's text must keep them all the same.
 TOOL_MARKERS = frozenset({"<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]"})
 
-_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_BLOCK = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
+# The same where the end is not in a string of its JSON.
+_JSON_BLOCK = re.compile(r'<tool_call>([^"]*?(?:"(?:[^"\\]|\\.)*"[^"]*?)*?)</tool_call>', re.DOTALL)
 
 
 def family_of(tokenizer: Tokenizer) -> Family:
@@ -278,11 +280,15 @@ _Parts = list[str | list[tuple[str, str]]]
 def _split_hermes(text: str, final: bool) -> tuple[_Parts, str, bool]:
     parts: _Parts = []
     position = 0
-    for match in _BLOCK.finditer(text):
-        value = _load(match[1].strip())
+    while block := _BLOCK.search(text, position):
+        whole = _JSON_BLOCK.match(text, block.start())
+        if whole is None and not final:
+            break  # its end is in a string so far
+        value = _load(whole[1].strip()) if whole else None
         calls = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
-        parts += [text[position : match.start()], match[0] if not calls or None in calls else calls]
-        position = match.end()
+        is_text = not calls or None in calls
+        parts += [text[position : block.start()], block[0] if is_text else calls]
+        position = block.end() if is_text else whole.end()
     rest = text[position:]
     start = len(rest) if final else _marker_start(rest, "<tool_call>")
     return [*parts, rest[:start]], rest[start:], False

@@ -19,19 +19,20 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 GGUF_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)  # a superset of what llama and qwen2 have
 
 
-def write_gguf(folder: pathlib.Path, file: pathlib.Path, *, without=(), tensors=None, **metadata) -> None:
+def write_gguf(folder: pathlib.Path, file: pathlib.Path, *, without=(), tensors=None, split=0, **metadata) -> None:
     """A golden as `convert_hf_to_gguf.py` of llama.cpp writes it (its `permute` and `rope_freqs`, in float32).
 
     Args:
         without: metadata keys and tensors to leave out.
         tensors: GGUF name -> array, of tensors to add.
+        split: tensors in each of several files; 0 for one file.
         metadata: texts and lists to add, without the family's name in the key and with "__" for ".".
     """
     hf = json.loads((folder / "config.json").read_text())
     family, heads, kv_heads = hf["model_type"], hf["num_attention_heads"], hf["num_key_value_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     rope = hf["rope_parameters"]
-    writer = gguf.GGUFWriter(file, family)
+    writer = gguf.GGUFWriter(file, family, split_max_tensors=split)
     writer.add_block_count(hf["num_hidden_layers"])
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])
@@ -138,6 +139,11 @@ def test_end_of_turn_ids_of_both_config_files(tmp_path):
     assert weights.load_config(folder).eos_ids == (7, 2)
 
 
+def test_an_empty_list_of_first_ids():
+    hf = json.loads((GOLDENS / "llama2" / "config.json").read_text())
+    assert LlamaConfig.from_hf(hf | {"bos_token_id": []}).bos_id is None
+
+
 def test_asked_dtype():
     _, params = weights.load_model(GOLDENS / "llama2", jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
@@ -162,6 +168,16 @@ def test_windows_that_a_family_ignores():
     assert LlamaConfig.from_hf(llama | window | {"use_sliding_window": True}).sliding_window is None
     mistral = llama | window | {"model_type": "mistral", "use_sliding_window": False}
     assert LlamaConfig.from_hf(mistral).sliding_window == 7
+
+
+def test_rope_scaling_beside_rope_parameters_counts():
+    """transformers 5 writes `rope_parameters`; Qwen's model cards tell to add a `rope_scaling`."""
+    hf = json.loads((GOLDENS / "qwen3" / "config.json").read_text())
+    assert hf["rope_parameters"] == {"rope_theta": 1000000.0, "rope_type": "default"}
+    config = LlamaConfig.from_hf(hf | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert (config.rope_theta, config.rope_scaling) == (1000000.0, RopeScaling(4.0))
+    with pytest.raises(InvalidConfigError, match="rope scaling 'yarn' is not supported"):
+        LlamaConfig.from_hf(hf | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
 
 
 @pytest.mark.parametrize("inside, beside, expected", [(64, None, 64), (64, 32, 32), (None, 32, 32), (None, None, 512)])
@@ -210,7 +226,13 @@ BROKEN = {
     "rope scaling 'yarn'": lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 2}),
     f"lacks {NORM}": lambda f: change_tensors(f, lambda tensors: tensors.pop(NORM)),
     "cannot be read: KeyError: 'factor'": lambda f: change_config(f, rope_parameters={"rope_type": "linear"}),
-    "cannot be read: ZeroDivisionError": lambda f: change_config(f, num_attention_heads=0, head_dim=None),
+    "config.json's num_attention_heads is 0;": lambda f: change_config(f, num_attention_heads=0, head_dim=None),
+    "config.json's num_attention_heads is '4';": lambda f: change_config(f, num_attention_heads="4"),
+    "config.json's num_hidden_layers is 0;": lambda f: change_config(f, num_hidden_layers=0),
+    "config.json's hidden_size is 24.5;": lambda f: change_config(f, hidden_size=24.5),
+    r"config.json's num_key_value_heads is \[2, 1\];": lambda f: change_config(f, num_key_value_heads=[2, 1]),
+    "4 attention heads cannot share 8 key/value heads": lambda f: change_config(f, num_key_value_heads=8),
+    "config.json lacks max_position_embeddings": lambda f: change_config(f, max_position_embeddings=None),
     "cannot be read: AttributeError": lambda f: (f / "config.json").write_text("[]"),
     "does not explain: model.layers.0.moe": lambda f: change_tensors(
         f, lambda tensors: tensors.update({"model.layers.0.moe": np.ones(3, np.float32)})
@@ -290,6 +312,14 @@ def test_gguf_with_a_tensor_too_many(tensor, tmp_path):
     write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", tensors={tensor: np.ones(3, np.float32)})
     with pytest.raises(InvalidConfigError, match=f"does not explain: {tensor}\n"):
         weights.load_model(tmp_path / "model.gguf")
+
+
+def test_split_gguf(tmp_path):
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", split=12)
+    first, second = sorted(tmp_path.iterdir())
+    for file in (first, second):
+        with pytest.raises(InvalidConfigError, match="(?s)one of 2 GGUF files.*llama-gguf-split --merge"):
+            weights.load_model(file)
 
 
 def test_gguf_cut_short(tmp_path):

@@ -240,6 +240,21 @@ def test_a_reply_is_written_on(tokenizers):
         build_continuation(tokenizers["tiny"], canonical_messages([user("a")]), None, [])
 
 
+def test_what_a_stop_string_hid_is_not_written_on(tokenizers):
+    """Sampled, but no part of the reply: the agent asks to go on from the text before it."""
+    tiny = tokenizers["tiny"]
+    prompt = build_prompt(tiny, canonical_messages([user("a")]), None, []).ids
+    sampled = tiny.encode(" look\nObservation:")
+    cut = Call(tuple([user("a")]), None, assistant(" look"), tuple(prompt), tuple(sampled))
+    for text in (" look", "look"):
+        written_on = build_continuation(tiny, canonical_messages([user("a"), assistant(text)]), None, [cut])
+        assert written_on == Prompt(prompt + tiny.encode_after(prompt[-1], text), None)
+    whole = Call(tuple([user("a")]), None, assistant(" look\nObservation:"), tuple(prompt), tuple(sampled))
+    for text in (" look\nObservation:", "look\nObservation:"):
+        written_on = build_continuation(tiny, canonical_messages([user("a"), assistant(text)]), None, [cut, whole])
+        assert written_on == Prompt(prompt + sampled, 1)
+
+
 def test_a_reply_in_parts_is_the_text_that_was_sampled(tokenizers):
     """As LangChain sends back what it has streamed from the Responses API."""
     chatml = tokenizers["chatml"]

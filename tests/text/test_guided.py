@@ -234,6 +234,69 @@ def test_where_no_call_is_required_text_is_free_and_calls_are_valid(tokenizers, 
                 jsonschema.validate(json.loads(made["function"]["arguments"]), POINT)
 
 
+def takes_json(tokenizer, grammar: Grammar, text: str) -> bool:
+    """Whether this can be a whole reply, one character after another."""
+    cursor = grammar.start()
+    for token in [token for character in text for token in tokenizer.encode_after(-1, character)]:
+        if token not in allowed(cursor, tokenizer.vocab_size):
+            return False
+        cursor.accept(token)
+    return not set(tokenizer.eos_ids).isdisjoint(allowed(cursor, tokenizer.vocab_size).tolist())
+
+
+@pytest.mark.parametrize(
+    "pattern", ['^[^"]*$', r"^[^\\]+$", '^[^a"]+$', r"^[^ -~]+$", r"^[^]\\]*$", '^[^-"]+$', r"^\\[^\"]$", r"^[\[^a]+$"]
+)
+def test_what_a_pattern_excludes_stays_out_escaped_too(tokenizers, guides, pattern):
+    for wrap in (lambda s: s, lambda s: {"$defs": {"s": s}, "$ref": "#/$defs/s"}, lambda s: {"anyOf": [s]}):
+        schema = wrap({"type": "string", "pattern": pattern})
+        grammar = guides["tiny"].json_schema(schema)
+        for text in ("", "a", "b", '"', "\\", 'b"', "b\\", "]", "-", "^", "[", '\\"', "\\b", "\n", "é"):
+            is_valid = jsonschema.Draft202012Validator(schema).is_valid(text)
+            assert takes_json(tokenizers["tiny"], grammar, json.dumps(text, ensure_ascii=False)) == is_valid, text
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0, "maximum": 0.1},
+        {"exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
+        {"exclusiveMinimum": 10.0, "exclusiveMaximum": 10.5},
+        {"minimum": -0.5, "exclusiveMaximum": 0},
+        {"exclusiveMinimum": -1.5, "exclusiveMaximum": -1},
+    ],
+)
+def test_bounds_that_cannot_be_enforced(guides, bounds):
+    guide = guides["tiny"]
+    for number in (bounds, {"type": "number"} | bounds, {"type": ["null", "number"]} | bounds):
+        for schema in ({"properties": {"enum": number}}, {"items": number}, {"$defs": {"n": number}}):
+            with pytest.raises(ValueError, match="exclusiveM.*cannot be enforced"):
+                guide.json_schema(schema)
+    with pytest.raises(ValueError, match="exclusiveM.*cannot be enforced"):
+        guide.tool_call([tool("wait", {"properties": {"s": bounds}})], "hermes", required=True)
+    guide.tool_call([tool("wait", {"properties": {"s": bounds}}, strict=False)], "hermes", required=True)
+    guide.json_schema({"enum": [bounds], "default": bounds})
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0},
+        {"exclusiveMinimum": 0, "maximum": 1},
+        {"exclusiveMinimum": 0.5, "maximum": 0.75},
+        {"exclusiveMinimum": -1, "maximum": -0.5},
+        {"exclusiveMaximum": 0, "minimum": -1},
+        {"exclusiveMaximum": 1, "minimum": 0.5},
+    ],
+)
+def test_bounds_of_numbers(tokenizers, guides, bounds):
+    schema = {"type": "number"} | bounds
+    grammar = guides["tiny"].json_schema(schema)
+    for text in ("0", "-0", "0.0", "0.5", "0.6", "-0.5", "-0.6", "1", "1.0", "-1", "0.75", "2"):
+        is_valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
+        assert takes_json(tokenizers["tiny"], grammar, text) == is_valid, text
+
+
 def test_what_cannot_be_enforced_says_why(guides):
     guide = guides["tiny"]
     with pytest.raises(ValueError, match="JSON schema is not JSON"):
@@ -242,6 +305,8 @@ def test_what_cannot_be_enforced_says_why(guides):
         guide.json_schema(3)
     with pytest.raises(ValueError, match="JSON schema cannot be enforced.*strin"):
         guide.json_schema({"type": "strin"})
+    with pytest.raises(ValueError, match="JSON schema cannot be enforced"):
+        guide.json_schema({"type": 3})
     with pytest.raises(ValueError, match="JSON schema cannot be enforced.*not"):
         guide.json_schema(UNENFORCEABLE)
     with pytest.raises(ValueError, match="JSON schema cannot be enforced.*http://example.com"):

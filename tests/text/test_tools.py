@@ -51,6 +51,18 @@ def test_families(tokenizers):
             [("f", {"x": "é"}), ("g", {})],
         ),
         ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", {"x": 1})]),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"s": "a \\"</tool_call> <tool_call>{}</tool_call>"}}</tool_call>!',
+            "!",
+            [("f", {"s": 'a "</tool_call> <tool_call>{}</tool_call>'})],
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f}</tool_call><tool_call>{"name": "g"}</tool_call>',
+            '<tool_call>{"name": "f}</tool_call>',
+            [("g", {})],
+        ),
         ("llama3", '{"name": "f", "parameters": {"x": 1}}', "", [("f", {"x": 1})]),
         ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}\n', "", [("f", {})]),
         (
@@ -115,6 +127,8 @@ def test_no_text_breaks_the_parser(family, text):
 
 REPLIES = [
     'One. <tool_call>{"name": "f", "arguments": {"x": "</b>"}}</tool_call> \n<tool_call>{oops}</tool_call> two <tool_c',
+    '<tool_call>{"name": "f", "arguments": {"s": "</tool_call> <tool_call>{}</tool_call>"}}</tool_call> one',
+    '<tool_call>{"name": "f}</tool_call><tool_call>{"name": "g"}</tool_call> "two <tool_call>{"name": "h"}</tool_call>',
     '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {}} ',
     '<|python_tag|>{"name": "f", "parameters": {}}',
     'Hm. [TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g"}]',
@@ -159,6 +173,7 @@ def test_text_and_calls_come_as_soon_as_they_are_certain(family, pieces, shown):
 HELD = {  # replies as `guided` has calls written
     "hermes": [
         'Hm.\n<tool_call>\n{"name": "f", "arguments": {"a": {"b": [1, {}]}, "c": "}\\\\\\"{é"}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> <tool_call>"}}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
         '<tool_call>\n{"name": "g", "arguments": {"x":1}}\n</tool_call>',
         " 2 + 2 <tool\n",
