@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -127,6 +128,10 @@ class Client:
             ServerConnectionError: the server cannot be reached, or stayed away for five minutes.
         """
         settings.check_whole(1, epochs=epochs, batch_size=batch_size, eval_interval=eval_interval)
+        if max_attempts is not None:
+            settings.check_whole(1, max_attempts=max_attempts)
+        if rollout_timeout is not None:
+            settings.check_seconds(rollout_timeout=rollout_timeout)
         choose_nworkers(nworkers)
         spec = {
             "kind": "train",
@@ -182,7 +187,10 @@ class Client:
         choose_nworkers(nworkers)
         if num_samples is not None:
             settings.check_whole(1, num_samples=num_samples)
-        if isinstance(success_threshold, bool) or not isinstance(success_threshold, int | float):
+        if rollout_timeout is not None:
+            settings.check_seconds(rollout_timeout=rollout_timeout)
+        is_number = isinstance(success_threshold, int | float) and not isinstance(success_threshold, bool)
+        if not is_number or math.isnan(success_threshold):
             raise InvalidConfigError(f"success_threshold={success_threshold!r} is not a number")
         if checkpoint is not None:
             _a_path(checkpoint=checkpoint)

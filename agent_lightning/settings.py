@@ -78,14 +78,20 @@ def check_whole(least: int, **arguments: int) -> None:
             raise InvalidConfigError(f"{name}={value!r} is not a whole number from {least} on")
 
 
+def check_seconds(**arguments: float) -> None:
+    """Raises InvalidConfigError unless all are positive numbers."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InvalidConfigError(f"{name}={value!r} is not a positive number of seconds")
+
+
 def timeout_s(argument: float) -> float:
     """How long one HTTP request may go without an answer, in seconds.
 
     Raises:
         InvalidConfigError: it is not a positive number.
     """
-    if isinstance(argument, bool) or not isinstance(argument, int | float) or not 0 < argument < float("inf"):
-        raise InvalidConfigError(f"timeout={argument!r} is not a positive number of seconds")
+    check_seconds(timeout=argument)
     return float(argument)
 
 

@@ -1,8 +1,8 @@
 """The command line of `main.py`: `--config=FILE.py[:VARIANT]`, `--config.KEY=VALUE`, `--server_config=FILE.yaml`.
 
-ml_collections does the parsing. What is added: every mistake is an `InvalidConfigError` that names the flag, or the
-config file and its line; the order of flags does not matter; and the last `--config` counts, so that a script that
-names one can still pass on another.
+ml_collections reads the config file. What is added: a setting's flag takes what a YAML file takes; every mistake is an
+`InvalidConfigError` that names the flag, or the config file and its line; the order of flags does not matter; and the
+last `--config` counts, so that a script that names one can still pass on another.
 
     command_line.define_flags()
 
@@ -18,6 +18,7 @@ import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -29,9 +30,9 @@ from lightning_jax import config as config_lib
 flags.disclaim_key_flags()  # they are the caller's: its --help shows them
 
 # config_flags reads its flag's file when the flag is defined, unless the command line that it is given names a file.
-# It is given this one, which `parse_flags` fills once the settings in it have been checked.
+# It is given this one, which `parse_flags` fills with all but the flags of single settings.
 _argv = ["", "--config"]
-_of_models: dict[str, str] = {}  # --config.models.NAME.KEY=VALUE: names that ml_collections finds in no config file
+_overrides: dict[str, Any] = {}  # key -> value of --config.KEY=VALUE
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -59,9 +60,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
     Raises:
         InvalidConfigError: an unknown flag or key, a bad value, or a config file that is missing or does not run.
     """
-    _check_overrides(argv)
-    path, rest = _split_config(argv)
-    rest = _without_models(rest)
+    path, rest = _split_config(_without_overrides(argv))
     file = path.split(":")[0]
     if file.endswith((".yaml", ".yml")):
         raise InvalidConfigError(f"--config takes a Python file, not {file}", hint=f"give --server_config={file}")
@@ -79,38 +78,36 @@ def merged_config(
 ) -> config_dict.ConfigDict:
     """The configuration of the parsed flags, the environment and the files they name; errors as `config.merge`."""
     flag = flag_values["config"]
-    overrides = config_flags.get_override_values(flag) | _of_models
-    base: dict = {}
-    for key, value in config_lib.flatten(flag.value):
-        if key not in overrides:  # the flag has put them into the file's values already
-            *sections, name = key.split(".")
-            holder = base
-            for section in sections:
-                holder = holder.setdefault(section, {})
-            holder[name] = value
     file = config_flags.get_config_filename(flag).split(":")[0]
-    return config_lib.merge(base, flag_values.server_config, environ, overrides, base_path=file)
+    return config_lib.merge(flag.value, flag_values.server_config, environ, _overrides, base_path=file)
 
 
-def _check_overrides(argv: list[str]) -> None:
+def _without_overrides(argv: list[str]) -> list[str]:
+    """The arguments without the flags of single settings, whose values are checked and kept in `_overrides`."""
+    _overrides.clear()
     settings = config_lib.setting_types()
-    for i, argument in enumerate(argv):
-        if argument == "--":
-            return
+    rest = []
+    arguments = iter(argv)
+    for argument in arguments:
         match = re.match(r"--?(no)?config\.([^=]+)(?:=(.*))?$", argument, re.DOTALL)
-        if not match:
-            continue
-        negated, key, value = match.groups()
-        source = f"flag {cli.flag_of(key)}"
-        setting = config_lib.find_setting(key, settings, source)
-        if negated and setting.type is not bool:
-            raise InvalidConfigError(f"{key} is not true or false, so --noconfig.{key} says nothing")
-        if value is None and setting.type is not bool:
-            if i + 1 == len(argv):
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif not match:
+            rest.append(argument)
+        else:
+            negated, key, value = match.groups()
+            source = f"flag {cli.flag_of(key)}"
+            setting = config_lib.find_setting(key, settings, source)
+            if negated and setting.type is not bool:
+                raise InvalidConfigError(f"{key} is not true or false, so --noconfig.{key} says nothing")
+            if negated and value is not None:
+                raise InvalidConfigError(f"{argument} does not take an argument")
+            if value is None:
+                value = not negated if setting.type is bool else next(arguments, None)
+            if value is None:
                 raise InvalidConfigError(f"{key} is given no value ({source})")
-            value = argv[i + 1]
-        if value is not None:
-            config_lib.typed(key, setting, value, source)
+            _overrides[key] = config_lib.typed(key, setting, value, source)
+    return rest
 
 
 def _split_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -126,22 +123,6 @@ def _split_config(argv: list[str]) -> tuple[str, list[str]]:
         else:
             path = next(arguments, "") if match[1] is None else match[1]
     return path, rest
-
-
-def _without_models(argv: list[str]) -> list[str]:
-    """The arguments without those of `config.models`, which are kept in `_of_models`; `_check_overrides` saw them."""
-    _of_models.clear()
-    rest = []
-    arguments = iter(argv)
-    for argument in arguments:
-        match = re.match(r"--?config\.(models\.[^=]+)(?:=(.*))?$", argument, re.DOTALL)
-        if argument == "--":
-            rest += [argument, *arguments]
-        elif match:
-            _of_models[match[1]] = next(arguments) if match[2] is None else match[2]
-        else:
-            rest.append(argument)
-    return rest
 
 
 def _explained(error: BaseException, file: str) -> InvalidConfigError:

@@ -14,7 +14,7 @@ def default() -> config_dict.ConfigDict:
     algorithm.warmup_steps = 0  # updates over which the learning rate rises linearly from 0
     algorithm.lr_schedule = "constant"  # after the warm-up; or "linear", "cosine": down to ...
     algorithm.lr_min_ratio = 0.0  # ... this part of the learning rate ...
-    algorithm.lr_decay_steps = 0  # ... at this update, warm-up included, where it stays; 0: runtime.total_steps
+    algorithm.lr_decay_steps = 0  # ... after so many updates, warm-up included, where it stays; 0: runtime.total_steps
     algorithm.weight_decay = 0.0  # AdamW's, on matrices alone
     algorithm.adam_b1 = 0.9
     algorithm.adam_b2 = 0.999
@@ -61,7 +61,7 @@ _USED_BY = {
 
 
 def decay_updates(config: config_dict.ConfigDict) -> int:
-    """The update at which the learning rate has come down; 0 if it never does."""
+    """The number of updates after which the learning rate has come down; 0 if it never does."""
     if config.algorithm.lr_schedule == "constant":
         return 0
     return config.algorithm.lr_decay_steps or config.runtime.total_steps

@@ -77,16 +77,18 @@ class TaskQueue:
         """A step's."""
         drawn = next(self._batches)
         self._spare += drawn
-        return self._take(len(drawn), ())
+        return self._take(len(drawn), set())
 
     def replacements(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:
         """Up to `count` tasks for a step that has those of `beside`: theirs would be the same rollouts to the token."""
-        if len(self._spare) < count:
+        known = {item.task_index for item in beside}
+        count = min(count, len(self._source) - len(known))
+        while len({item.task_index for item in self._spare} - known) < count:
             self._spare += next(self._batches)
-        return self._take(count, beside)
+        return self._take(count, known)
 
-    def _take(self, count: int, beside: Sequence[TaskItem]) -> list[TaskItem]:
-        taken, left, known = [], [], {item.task_index for item in beside}
+    def _take(self, count: int, known: set[int]) -> list[TaskItem]:
+        taken, left = [], []
         for item in self._spare:
             if len(taken) < count and item.task_index not in known:
                 taken.append(item)

@@ -62,7 +62,7 @@ METRICS = {
     "sampler/bandwidth_fraction": "bytes of weights that decoding read over what the memory could have delivered in "
     "`time/sample_s`; the KV cache is not counted; only for devices in `lightning_jax/utilization.py`",
     "sampler/cache_hit_fraction": "prompt tokens of the step that were in the KV cache already",
-    "sampler/requests": "requests that have ended since the server's start, like the six below",
+    "sampler/requests": "requests that have ended since the server's start, like all down to `sampler/preemptions`",
     "sampler/generated_tokens": "sampled tokens",
     "sampler/prefill_tokens": "prompt tokens that were computed",
     "sampler/cached_tokens": "prompt tokens that others had computed",

@@ -185,12 +185,11 @@ class ToolSpan:
             "input.mime_type": "application/json",
             _DECORATED: True,
         }
-        self._open = tracer.start_as_current_span(
-            name, attributes=attributes, record_exception=False, set_status_on_exception=False, end_on_exit=False
-        )
+        self._span = tracer.start_span(name, attributes=attributes)
 
     def __enter__(self) -> "ToolSpan":
-        self._span = self._open.__enter__()
+        self._open = trace.use_span(self._span, record_exception=False, set_status_on_exception=False)
+        self._open.__enter__()
         return self
 
     def end(self, output: Any, error: BaseException | None) -> None:
@@ -200,10 +199,12 @@ class ToolSpan:
         else:
             self._span.record_exception(error)
             self._span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        self._span.end()
 
     def __exit__(self, kind, error, traceback) -> None:
         self._open.__exit__(None, None, None)
-        self._span.end()
+        if error is not None:  # nobody has said how it ended
+            self._span.end()
 
 
 # ---- reading spans ----

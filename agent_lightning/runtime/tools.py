@@ -1,5 +1,6 @@
 """For agents in plain Python: `@tool` and `run_code`. Outside a worker both do what they say and no more."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -21,7 +22,8 @@ _SECRETS = {*sdk_defaults.environment("", ""), "AGENT_LIGHTNING_API_KEY"}
 def tool(function: Callable | None = None, *, name: str | None = None) -> Callable:
     """Makes a function a tool: AIR rewards its calls, and a trace shows them. Works as `@tool` and `@tool(name=...)`.
 
-    The function stays what it is, async or not; an exception that it raises is a failure, and is passed on.
+    The function stays what it is, async or not; an exception that it raises is a failure, and is passed on. What a
+    generator has given is a list to AIR, also where its caller breaks it off.
 
     Args:
         function: whatever the model's tool call is answered with.
@@ -29,9 +31,39 @@ def tool(function: Callable | None = None, *, name: str | None = None) -> Callab
     """
     if function is None:
         return functools.partial(tool, name=name)
-    tool_name = name or function.__name__
+    inner = function  # which says its name and kind where that is a partial or a callable object
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    own_name = getattr(inner, "__name__", type(inner).__name__)
+    tool_name = name or own_name
+    if not inspect.isroutine(inner):
+        inner = type(inner).__call__
 
-    if inspect.iscoroutinefunction(function):
+    if inspect.isasyncgenfunction(inner):
+
+        @functools.wraps(function)
+        async def wrapper(*args, **kwargs):
+            with _Use(tool_name, args, kwargs) as use:
+                use.output = []
+                async with contextlib.aclosing(function(*args, **kwargs)) as items:
+                    async for item in items:
+                        use.output.append(item)
+                        with use.paused():
+                            yield item
+
+    elif inspect.isgeneratorfunction(inner):
+
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            with _Use(tool_name, args, kwargs) as use:
+                use.output = []
+                with contextlib.closing(function(*args, **kwargs)) as items:
+                    for item in items:
+                        use.output.append(item)
+                        with use.paused():
+                            yield item
+
+    elif inspect.iscoroutinefunction(inner):
 
         @functools.wraps(function)
         async def wrapper(*args, **kwargs):
@@ -47,6 +79,7 @@ def tool(function: Callable | None = None, *, name: str | None = None) -> Callab
                 use.output = function(*args, **kwargs)
             return use.output
 
+    wrapper.__name__ = own_name
     return wrapper
 
 
@@ -61,15 +94,28 @@ class _Use:
         self._recorder = recorder.current()
         self._observation = self._recorder and tracing.begin_decorated(self._recorder, self._name)
         self._span = tracing.tool_span(self._name, self._arguments)
-        self._span.__enter__()
-        self._inside = recorder.inside_tool()
-        self._inside.__enter__()
+        self._go_on()
         return self
 
+    def _go_on(self) -> None:
+        self._inside = contextlib.ExitStack()
+        self._inside.enter_context(self._span)
+        self._inside.enter_context(recorder.inside_tool())
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A generator's caller has its turn inside the block, and may go on, or end it, in another context."""
+        self._inside.close()
+        try:
+            yield
+        finally:
+            self._go_on()
+
     def __exit__(self, kind, error, traceback) -> None:
-        self._inside.__exit__(None, None, None)
+        if isinstance(error, GeneratorExit):  # what it gave was enough
+            error = None
+        self._inside.close()
         self._span.end(self.output, error)
-        self._span.__exit__(None, None, None)
         if self._recorder is None:
             return
         if error is None:

@@ -1,6 +1,9 @@
 """Rewards on the way: real workers, a real server, real SDKs, and a model that answers everything with a tool call."""
 
 import asyncio
+import contextlib
+import functools
+import inspect
 import json
 import math
 import re
@@ -461,8 +464,95 @@ def test_a_tool_stays_the_function_it_is(runtime):
         """Adds."""
         return a + b
 
-    import inspect
-
     assert add(1) == 3 and add.__name__ == "add" and add.__doc__ == "Adds."
     assert list(inspect.signature(add).parameters) == ["a", "b"]
     assert json.dumps(add(1, b=1)) == "2"
+
+
+@contextlib.contextmanager
+def rewards_by_tool():
+    """(tool, reward) of what is used in the block, in a rollout whose model has been called once; full at its end."""
+    rewards = []
+    with recorder.recording(recorder.Recorder(lambda path: {"last_call_index": 0}, rewarding=True)) as recording:
+        yield rewards
+        rewards += [(event["tool_name"], event["reward"]) for event in recording.finish(succeeded=True)]
+
+
+def test_a_generator_is_judged_by_how_it_ends(runtime):
+    """Whether one by one or all at once; what its caller breaks off has given what was wanted."""
+
+    @runtime.tool
+    def count(last):
+        for i in range(5):
+            if i == last:
+                raise ValueError("late")
+            yield i
+
+    @runtime.tool(name="acount")
+    async def count_async(last):
+        for i in range(5):
+            if i == last:
+                raise ValueError("late")
+            await asyncio.sleep(0)
+            yield i
+
+    outputs = []
+    runtime.air.on_tool_success(lambda tool_name, output: outputs.append(output) or 0.3)
+    runtime.air.on_tool_failure(lambda tool_name, error: -0.2)
+
+    async def use_async():
+        assert [i async for i in count_async(9)] == [0, 1, 2, 3, 4]
+        with pytest.raises(ValueError, match="late"):
+            async for _ in count_async(2):
+                pass
+        async for _ in count_async(2):
+            break
+        await asyncio.sleep(0.01)  # the loop closes it, in a task of its own
+
+    with rewards_by_tool() as rewards:
+        assert list(count(9)) == [0, 1, 2, 3, 4]
+        with pytest.raises(ValueError, match="late"):
+            list(count(2))
+        assert next(count(2)) == 0
+        asyncio.run(use_async())
+    assert rewards == [(name, reward) for name in ("count", "acount") for reward in (0.3, -0.2, 0.3)]
+    assert outputs == [[0, 1, 2, 3, 4], [0]] * 2
+    assert inspect.isgeneratorfunction(count) and inspect.isasyncgenfunction(count_async)
+
+
+def test_between_a_generators_items_its_caller_is_not_inside_of_it(runtime):
+    @runtime.tool
+    def count():
+        yield inside_tool()
+        yield inside_tool()
+
+    def inside_tool():
+        return recorder.Recorder(lambda path: {}, rewarding=True).begin("other").nested
+
+    first, second = count(), count()
+    assert [(next(first), inside_tool(), next(second), inside_tool()) for _ in range(2)] == [(True, False) * 2] * 2
+    first.close()
+    second.close()
+    assert not inside_tool()
+
+
+def test_a_partial_and_a_callable_object_are_tools_too(runtime):
+    def add(a, b):
+        return a + b
+
+    class Search:
+        async def __call__(self, what):
+            raise ValueError(what)
+
+    class Double:
+        def __call__(self, a):
+            return 2 * a
+
+    search, add_one = runtime.tool(Search()), runtime.tool(functools.partial(functools.partial(add), 1))
+    with rewards_by_tool() as rewards:
+        assert add_one(2) == 3 and runtime.tool(Double())(2) == 4
+        with pytest.raises(ValueError, match="x"):
+            asyncio.run(search("x"))
+    assert rewards == [("add", 0.3), ("Double", 0.3), ("Search", -0.2)]
+    assert (add_one.__name__, search.__name__) == ("add", "Search") and inspect.iscoroutinefunction(search)
+    assert list(inspect.signature(add_one).parameters) == ["b"]

@@ -159,6 +159,7 @@ def test_bad_arguments_start_nothing(served, files, monkeypatch, tmp_path):
     client.upload_data(files(GOOD))
     wrong = [{"nworkers": 0}, {"nworkers": -2}, {"epochs": 0}, {"batch_size": 1.5}, {"batch_size": True}]
     wrong += [{"eval_interval": 0}, {"checkpoint_dir": 5}, {"test_file": 5}, {"rollout_timeout": float("inf")}]
+    wrong += [{"rollout_timeout": "5"}, {"rollout_timeout": True}, {"max_attempts": "3"}]
     wrong += [{"metadata": {"a": float("nan")}}, {"metadata": {"a": object()}}]
     for arguments in wrong:
         with pytest.raises(InvalidConfigError, match=next(iter(arguments))):
@@ -167,6 +168,10 @@ def test_bad_arguments_start_nothing(served, files, monkeypatch, tmp_path):
         client.evaluate(lambda resource, task: 1, num_samples=0)
     with pytest.raises(InvalidConfigError, match="success_threshold='x'"):
         client.evaluate(lambda resource, task: 1, num_samples=2, success_threshold="x")
+    with pytest.raises(InvalidConfigError, match="success_threshold=nan is not a number"):
+        client.evaluate(lambda resource, task: 1, num_samples=2, success_threshold=float("nan"))
+    with pytest.raises(InvalidConfigError, match="rollout_timeout='5' is not a positive number of seconds"):
+        client.evaluate(lambda resource, task: 1, rollout_timeout="5")
     for checkpoint in (5, ""):
         with pytest.raises(InvalidConfigError, match=f"checkpoint={checkpoint!r} is not a path"):
             client.evaluate(lambda resource, task: 1, checkpoint=checkpoint)

@@ -107,6 +107,7 @@ def test_all_sources_together(program, tmp_path):
         ),
         (("--config.runtime.batch_size",), "runtime.batch_size is given no value"),
         (("--noconfig.seed",), "--noconfig.seed says nothing"),
+        (("--noconfig.logging.tensorboard=1",), "--noconfig.logging.tensorboard=1 does not take an argument"),
         (("--config=absent.py",), "the config file absent.py does not exist (flag --config)"),
         (("--server_confg=x.yaml",), "server_config"),
         (("--server_confg=x.yaml",), "unknown command line flag 'server_confg'\n  hint: did you mean --server_config?"),
@@ -164,6 +165,30 @@ def test_models_are_named_by_flags_alone_or_changed_by_them(program, tmp_path):
     }
     says = error(program("--config.models.query.paht=a"))
     assert "did you mean 'models.query.path'?" in says and "flag --config.models.query.paht" in says
+
+
+@pytest.mark.parametrize("none", ["None", "null", ""])
+def test_a_flag_sets_back_to_none_what_a_file_has_set(program, tmp_path, none):
+    (tmp_path / "ppo.yaml").write_text(
+        "algorithm:\n  name: ppo\n  kl_in_reward: true\n"
+        + "".join(f"  {name}: 1\n" for name in ("actor_lr", "critic_warmup"))
+    )
+    names = ("actor_lr", "critic_warmup", "kl_in_reward")
+    found = settings(program("--server_config=ppo.yaml", *(f"--config.algorithm.{name}={none}" for name in names)))
+    assert [found["algorithm"][name] for name in names] == [None, None, None]
+
+
+@pytest.mark.parametrize("written, value", [("yes", True), ("on", True), ("no", False), ("OFF", False), ("0", False)])
+def test_a_flag_takes_true_and_false_as_a_yaml_file_does(program, written, value):
+    assert settings(program(f"--config.logging.tensorboard={written}"))["logging"]["tensorboard"] is value
+
+
+def test_flags_without_a_value_and_repeated_ones(program):
+    flags = ("--config.algorithm.filter_groups", "rest", "--config.seed=1", "-config.seed", "2")
+    done = program(*flags, "--config.logging.tensorboard", "--noconfig.logging.tensorboard")
+    found = settings(done)
+    assert (found["algorithm"]["filter_groups"], found["seed"], found["logging"]["tensorboard"]) == (True, 2, False)
+    assert json.loads(done.stdout)["argv"] == ["rest"]
 
 
 def test_help_lists_the_flags(program):

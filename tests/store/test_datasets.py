@@ -202,3 +202,20 @@ def test_what_replacements_leave_comes_first_and_nothing_is_drawn_twice_at_once(
     again.set_state(json.loads(json.dumps(queue.get_state())))
     ((third,), (restored,)) = indices([queue.batch()]), indices([again.batch()])
     assert third == restored and third[:3] == order[5:8] and len(set(third)) == 4, "two epochs meet in it"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
+def test_replacements_are_as_many_as_there_are_untried_tasks(tmp_path_factory, tasks, batch, missing, seed):
+    store = Store(tmp_path_factory.mktemp("store") / "s")
+    store.put_dataset("d", "train", [lines(*({"question": i} for i in range(tasks)))])
+    queue = data.TaskQueue(store, "d", batch, seed)
+    for _ in range(20):
+        step = queue.batch()
+        for _ in range(2):
+            untried = tasks - len(step)
+            step += queue.replacements(missing, step)
+            assert tasks - len(step) == max(0, untried - missing)
+            assert len({item.task_index for item in step}) == len(step)
+        assert len(queue.get_state()["spare"]) < 2 * (tasks + batch), "what is left does not pile up"
+    store.close()
