@@ -82,7 +82,8 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    open_store(config).close()
+    if not config.distributed.coordinator:  # else process 0 will say so, which alone is to open it
+        open_store(config).close()
     try:
         before = dict(config_lib.flatten(json.loads(path.read_text())))
     except ValueError as error:

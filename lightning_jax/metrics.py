@@ -79,9 +79,19 @@ class MetricsWriter:
         Raises:
             ValueError: a name without a group, or a value that is not a number.
         """
-        row = {name: _number(name, value) for name, value in metrics.items()}
+        row = _numbers(metrics)
         self._file.write(json.dumps({"step": int(step), **row}, allow_nan=False) + "\n")
         self._file.flush()
+        self._log(step, row)
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds to the line of a step, the last one; where there is none, as `write`, also the errors."""
+        rows, more = read_metrics(self._workdir), _numbers(metrics)
+        line = rows.pop() if rows and rows[-1]["step"] == step else {"step": int(step)}
+        self._rewrite([*rows, line | more])
+        self._log(step, more)
+
+    def _log(self, step: int, row: Mapping[str, int | float | None]) -> None:
         finite = {name: value for name, value in row.items() if value is not None}
         for sink in self._sinks:
             sink.write(int(step), finite)
@@ -99,17 +109,19 @@ class MetricsWriter:
 
     def truncate_after(self, step: int) -> None:
         """Drops what was written for later steps, for a run that goes on from the checkpoint of `step`."""
-        kept = [row for row in read_metrics(self._workdir) if row["step"] <= step]
+        self._rewrite([row for row in read_metrics(self._workdir) if row["step"] <= step])
+        for sink in self._sinks:
+            sink.truncate_after(step)
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         partial = self._path.with_name(FILE + ".partial")
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         self._file.close()
         os.replace(partial, self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        for sink in self._sinks:
-            sink.truncate_after(step)
 
     def close(self) -> None:
         self._file.close()
@@ -121,6 +133,10 @@ class MetricsWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, int | float | None]:
+    return {name: _number(name, value) for name, value in metrics.items()}
 
 
 def _number(name: str, value: Any) -> int | float | None:

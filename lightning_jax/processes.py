@@ -152,6 +152,7 @@ def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
     # On CPU: programs one after the other, for what they exchange is matched up by order alone.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it catches SIGTERM, and leaves it to programs to ask
     given = {}
     if settings.coordinator != "auto":
         given["coordinator_address"] = settings.coordinator

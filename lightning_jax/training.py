@@ -83,7 +83,6 @@ class _Run:
         self.workdir = pathlib.Path(config.workdir)
         self.data_id = spec["data_id"]
         self.history = History(start_step=policies.step)
-        self.saved_step: int | None = None
         self._ahead: collections.deque[_Batch] = collections.deque()  # of the steps to come
         self._warned_of_silence = False
 
@@ -108,7 +107,7 @@ class _Run:
         ) as writer:
             self._writer = writer
             self._resume(tasks, writer)
-            clock = Clock(self.history.time_s)
+            self._clock = Clock(self.history.time_s)
             first, last = self.history.start_step, self.history.start_step + total_steps
             self.store.update_job(self.job_id, step=policies.step - first, total_steps=total_steps)
             if policies.step and not self._has_checkpoint(policies.step):
@@ -119,46 +118,45 @@ class _Run:
                     writer.write(0, row)
             elif policies.step > first and not self.history.is_tested(policies.step):
                 if self._is_due(policies.step - first, self._eval_interval(), total_steps):
-                    self._make_up_evaluation(writer)
+                    self._make_up_evaluation()
             while policies.step < last and not self.stop.after_step:
                 step = policies.step + 1
                 row = self._step(step, last, tasks)
-                self.history.time_s = row["time/total_s"] = clock.seconds()
+                self._take_time(row)
                 self.store.update_job(self.job_id, step=step - first)
                 self.store.add_event(self.job_id, "step", step, row)
-                if self.stop.after_step:  # what was learned is safe before the last evaluation, which may take long
-                    self._checkpoint(step, tasks)
-                    self._close_ahead()
                 try:
-                    if self.stop.after_step or self._is_due(step - first, self._eval_interval(), total_steps):
+                    if not self.stop.after_step and self._is_due(step - first, self._eval_interval(), total_steps):
                         row |= self._evaluate(step)
-                finally:  # a step that is in a checkpoint is in the metrics, also where its evaluation was broken off
-                    self.history.time_s = row["time/total_s"] = clock.seconds()
+                finally:  # a step that is in a checkpoint is in the metrics, also where its evaluation is broken off
+                    self._take_time(row)
                     writer.write(step, row)
-                due = self._is_due(step - first, config.runtime.checkpoint_interval, total_steps)
-                if due and step != self.saved_step:
+                if self.stop.after_step or self._is_due(step - first, config.runtime.checkpoint_interval, total_steps):
                     self._checkpoint(step, tasks)
             if self.stop.after_step:
                 self._catch_up(first, tasks)
         return self._result()
 
     def _catch_up(self, first: int, tasks) -> None:
-        """Gives the last step the checkpoint and the evaluation that it lacks if the job was stopped just after it."""
+        """Gives the last step of a stopped job the checkpoint and the evaluation that it lacks.
+
+        In this order: what was learned is safe before the evaluation, which may take long.
+        """
         step = self.policies.step
         if not self._has_checkpoint(step):
             self._checkpoint(step, tasks)
         self._close_ahead()
         if step > first and not self.history.is_tested(step):
-            self._evaluate(step)
+            self._make_up_evaluation()
 
-    def _make_up_evaluation(self, writer: metrics.MetricsWriter) -> None:
-        """What was due behind the step that the job goes on from, and was broken off or never came."""
-        step = self.policies.step
-        row = self._row_of(step)
-        if made_up := self._evaluate(step):
-            row = {name: value for name, value in row.items() if name != "step" and value is not None}
-            writer.truncate_after(step - 1)
-            writer.write(step, row | made_up)
+    def _make_up_evaluation(self) -> None:
+        """Adds to the row of the policy's step the evaluation that was broken off, or never came."""
+        if made_up := self._evaluate(self.policies.step):
+            self._take_time(made_up)
+            self._writer.add(self.policies.step, made_up)
+
+    def _take_time(self, row: dict[str, float]) -> None:
+        self.history.time_s = row["time/total_s"] = self._clock.seconds()
 
     def _row_of(self, step: int) -> dict[str, Any]:
         """The step's metrics, as far as they were written."""
@@ -286,7 +284,6 @@ class _Run:
                 "seed": self.config.seed,
             }
         )
-        self.saved_step = step
         self.store.add_event(self.job_id, "checkpoint", step, {"path": str(path)})
         if self._best_checkpoint() is None:
             checkpoint.unmark_best(self.policies.checkpoint_dir)  # an earlier job's

@@ -15,7 +15,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import mesh
 
 ON_EIGHT = """
-import sys
+import dataclasses, sys
 import jax, numpy as np
 from pathlib import Path
 from lightning_jax import memory, mesh
@@ -61,11 +61,11 @@ def curve(learner, steps=5):
     return [learner.update(rows, advantages) for _ in range(steps)]
 
 
-def assert_same_curve(actual, expected, name):
+def assert_same_curve(actual, expected, name, error=1e-4):
     for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
         for key in b:
             if key != "train/padding_fraction":  # as many blocks as the mesh asks for
-                np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-4, err_msg=f"{name} step {step}: {key}")
+                np.testing.assert_allclose(a[key], b[key], rtol=error, atol=error, err_msg=f"{name} step {step}: {key}")
 
 
 def assert_same(actual, expected, atol, name):
@@ -127,6 +127,12 @@ weights = [(folder / name / "model.safetensors").read_bytes() for name in ("from
 assert weights[0] == weights[1]
 learner.state, _ = checkpoint.restore(folder / "step-1", learner.abstract_state())
 assert_same_curve(curve(learner, 1), curve(one, 1), "one device's checkpoint goes on on a mesh")
+
+# In bfloat16, up to its rounding.
+settings = dataclasses.replace(SETTINGS, compute_dtype="bfloat16")
+expected = curve(Learner(CONFIG, params, settings), 2)
+learner = Learner(CONFIG, params, settings, mesh=mesh.make_mesh(2, 2, 2))
+assert_same_curve(curve(learner, 2), expected, "bfloat16", 1e-2)
 print("all equal")
 """
 FEW = "8x1x1,1x8x1,1x1x4,1x2x4,2x2x2", "1x2x4,2x2x2"  # trained on, and sampled on

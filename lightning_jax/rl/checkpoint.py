@@ -283,10 +283,12 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 def _point(name: str, final: Path) -> None:
     """Swaps the link `name` beside a checkpoint, so that it names one at every moment."""
-    link = final.with_name(f"{_TEMPORARY}{name}")
-    link.unlink(missing_ok=True)  # of a process that was killed here
+    link, place = final.with_name(f"{_TEMPORARY}{name}"), final.with_name(name)
+    _remove_temporaries(final.parent)  # of a process that was killed here
     link.symlink_to(final.name)
-    os.replace(link, final.with_name(name))
+    if place.is_dir() and not place.is_symlink():  # of a copy that followed links
+        os.rename(place, final.with_name(f"{_TEMPORARY}copied-{name}"))
+    os.replace(link, place)
     _sync_folder(final.parent)
 
 

@@ -141,8 +141,12 @@ def policy_logprobs(
     return losses.token_logprobs(params, config, x_btd, batch.token_bt, batch.temperature_bt, batch.loss_mask_bt)
 
 
-# The library that XLA would give attention's products to computes each of them on one core.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_OPTIONS = {
+    # The library that XLA would give attention's products to computes each of them on one core.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    # The pass that would sum bfloat16 over devices in float32 ends the process: "Invalid binary instruction opcode".
+    "xla_disable_hlo_passes": "all-reduce-promotion",
+}
 
 
 @functools.partial(
@@ -284,7 +288,11 @@ def learning_rate(settings: LearnerSettings) -> optax.Schedule:
     if settings.lr_schedule == "cosine":  # SGDR, arXiv:1608.03983, eq. 5, once and without restarts
         after = optax.cosine_decay_schedule(peak, settings.decay_steps - rise, alpha=settings.lr_min_ratio)
     elif settings.lr_schedule == "linear":
-        after = optax.linear_schedule(peak, peak * settings.lr_min_ratio, settings.decay_steps - rise)
+        end = peak * settings.lr_min_ratio
+        falling = optax.linear_schedule(peak, end, settings.decay_steps - rise)
+
+        def after(step: jax.Array) -> jax.Array:
+            return jnp.maximum(falling(step), end)  # in float32 it falls a little below, also below 0
     else:
         after = optax.constant_schedule(peak)
     if not rise:

@@ -242,9 +242,9 @@ class JobBody(pydantic.BaseModel):
     test_data_id: str | None = None
     checkpoint: str | None = None
     num_samples: int | None = pydantic.Field(None, ge=1)
-    epochs: int | None = pydantic.Field(None, ge=1)
+    epochs: int | None = pydantic.Field(None, ge=1, le=2**31)
     batch_size: int | None = pydantic.Field(None, ge=1)
-    total_steps: int | None = pydantic.Field(None, ge=1)
+    total_steps: int | None = pydantic.Field(None, ge=1, le=2**31)
     eval_interval: int | None = pydantic.Field(None, ge=0)
     metadata: dict[str, Any] | None = None
     rollout_timeout: float | None = pydantic.Field(None, gt=0)
@@ -268,7 +268,7 @@ class AttemptResult(pydantic.BaseModel):
     error: AgentError | None = None
     cause: Literal["crash", "timeout", "exception", "invalid_reward"] | None = None
     events: list[dict[str, Any]] = []
-    duration_s: float = 0.0
+    duration_s: pydantic.FiniteFloat = 0.0
 
 
 class ExchangeBody(pydantic.BaseModel):

@@ -198,9 +198,10 @@ class Generator:
                 asked = {}
                 max_tokens = min(max_tokens, ours.max_tokens)
         shaping = _SHAPING | held | asked
+        top_k = min(max(shaping["top_k"], 0), self.policy.config.vocab_size)
         try:
             return SamplingParams(
-                **shaping | {"top_k": max(shaping["top_k"], 0), "logit_bias": tuple(shaping["logit_bias"].items())},
+                **shaping | {"top_k": top_k, "logit_bias": tuple(shaping["logit_bias"].items())},
                 max_tokens=min(max_tokens, room),
                 stop_ids=request.stop_ids,
                 ignore_eos=request.ignore_eos,

@@ -399,7 +399,9 @@ def _is_reward(value) -> bool:
 
 
 def _is_reward_event(event: dict) -> bool:
-    return event.get("kind") == "reward" and type(event.get("call_index")) is int and _is_reward(event.get("reward"))
+    index = event.get("call_index")
+    is_index = type(index) is int and 0 <= index < 2**63  # as many as SQLite knows
+    return event.get("kind") == "reward" and is_index and _is_reward(event.get("reward"))
 
 
 def _json(value) -> bytes:

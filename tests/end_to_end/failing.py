@@ -50,6 +50,10 @@ def leader_is_killed(leader):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leader_is_terminated(leader):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def follower_fails(leader):
     leader.run(only_in_the_follower, "target")
 

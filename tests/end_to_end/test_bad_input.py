@@ -72,7 +72,10 @@ def test_work_directory_of_another_run(tmp_path):
     assert "some/folder" in error and "does not exist" in error and "other settings" not in error
     with contextlib.closing(Store(workdir / "store.sqlite3")):
         error = refused(workdir, "--config.seed=3")
+        team = ("--config.distributed.coordinator=localhost:1", "--config.distributed.num_processes=2")
+        of_two = refused(workdir, "--config.seed=3", *team, "--config.distributed.process_id=1")
     assert "open in another process" in error and "other settings" not in error
+    assert "other settings" in of_two, "the store is process 0's alone, and the others start beside it"
     assert (workdir / "config.json").read_text() == before
     (workdir / "config.json").write_text("{")
     assert f"{workdir / 'config.json'} is damaged" in refused(workdir, "--config.seed=3")

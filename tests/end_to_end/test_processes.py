@@ -86,6 +86,7 @@ else:
         ("well", [0, 0], ""),
         ("follower_is_killed", [1, -9], "process 1 has ended; process 0 ends with it"),
         ("leader_is_killed", [-9, 1], "process 0 has ended; process 1 ends with it"),
+        ("leader_is_terminated", [-15, 1], "process 0 has ended; process 1 ends with it"),
         ("follower_fails", [1, 1], "only_in_the_follower failed in process 1 alone: ValueError: mine"),
         ("leader_fails", [1, 1], "only_in_the_leader failed in process 0 alone: ValueError('mine')"),
     ],

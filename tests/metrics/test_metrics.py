@@ -1,6 +1,7 @@
 """A run's curves: the JSONL file, across kills and resumes, and the same numbers in TensorBoard and W&B."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -144,6 +145,27 @@ def test_samples_are_a_text_in_tensorboard(tmp_path):
     (event,) = curve.Tensors("samples")
     (text,) = event.tensor_proto.string_val
     assert event.step == 3 and b"**train-1**, reward 0.25" in text and b"    4 <b>" in text
+
+
+def test_what_comes_later_is_added_to_the_step(tmp_path):
+    """To its line, nulls and all, and to its curves, where the samples stay."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.add(0, {"eval/reward": 0.25})
+        writer.write_samples(1, SAMPLES)
+        writer.write(1, {"reward/mean": 0.5, "policy/kl": math.nan})
+        writer.add(1, {"eval/reward": 0.75})
+        writer.write(2, {"reward/mean": 0.625})
+    assert read_metrics(tmp_path) == [
+        {"step": 0, "eval/reward": 0.25},
+        {"step": 1, "reward/mean": 0.5, "policy/kl": None, "eval/reward": 0.75},
+        {"step": 2, "reward/mean": 0.625},
+    ]
+    curve = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    curve.Reload()
+    assert [(e.step, e.value) for e in curve.Scalars("eval/reward")] == [(0, 0.25), (1, 0.75)]
+    assert [(e.step, e.value) for e in curve.Scalars("reward/mean")] == [(1, 0.5), (2, 0.625)]
+    assert [event.step for event in curve.Tensors("samples")] == [1]
 
 
 def test_samples_are_a_table_in_wandb(tmp_path, monkeypatch):

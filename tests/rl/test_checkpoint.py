@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,20 @@ def test_the_best_is_kept_however_old_and_found_by_its_name(tmp_path):
     checkpoint.save(tmp_path, 5, make_state(5), {}, max_to_keep=2)
     assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-4", "step-5"]
     assert_equal(checkpoint.restore(tmp_path / "best", abstract(make_state(0)))[0], make_state(4))
+
+
+def test_a_copy_whose_links_have_become_folders_goes_on(tmp_path):
+    """As `cp -rL` and object stores make them."""
+    checkpoint.save(tmp_path / "run", 1, make_state(1), {})
+    checkpoint.mark_best(tmp_path / "run" / "step-1")
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert (copied / "latest").is_dir() and not (copied / "latest").is_symlink()
+    assert checkpoint.latest(copied) == copied / "step-1" and checkpoint.best(copied) is None
+
+    checkpoint.mark_best(copied / "step-1")
+    checkpoint.save(copied, 2, make_state(2), {})
+    assert sorted(os.listdir(copied)) == ["best", "latest", "step-1", "step-2"]
+    assert checkpoint.latest(copied) == copied / "step-2" and checkpoint.best(copied) == copied / "step-1"
 
 
 def test_names_are_resolved_as_users_write_them(tmp_path):

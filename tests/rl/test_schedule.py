@@ -38,6 +38,15 @@ def test_each_schedule_is_its_formula(schedule, warmup):
         assert update.learning_rate(settings)(np.int32(step)) == pytest.approx(expected, rel=1e-5), step
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("peak", [5e-7, 1e-4, 7e-3])
+def test_a_rate_that_comes_down_to_nothing_is_never_negative(schedule, peak):
+    """As it is compiled, in float32, where the peak less all of it is not quite 0."""
+    settings = LearnerSettings(learning_rate=peak, lr_schedule=schedule, warmup_steps=2, decay_steps=13)
+    rates = jax.jit(update.learning_rate(settings))(np.arange(20))
+    assert np.all(rates >= 0) and rates[-1] == 0
+
+
 def test_updates_of_the_configuration_are_optimizer_steps_of_actor_and_critic():
     """Two passes in three parts are six optimizer steps; the actor has two updates fewer than its critic."""
     values = {"name": "ppo", "ppo_epochs": 2, "mini_batches": 3, "critic_warmup": 2, "critic_lr": 1e-2}

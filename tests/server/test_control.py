@@ -315,6 +315,8 @@ def test_what_a_job_cannot_be(jobs, serving, dataset):
     assert "no dataset 'nope'" in refused({"data_id": "nope"}, 404)
     assert "test tasks" in refused({"kind": "evaluate", "data_id": data_id}, 404)
     assert "epochs" in refused({"data_id": data_id, "epochs": 0}, 422)
+    for name in ("epochs", "total_steps"):  # of what the record has no room for nothing at all would be recorded
+        assert name in refused({"data_id": data_id, name: 2**63}, 422)
     assert "batchsize" in refused({"data_id": data_id, "batchsize": 3}, 422)
     assert "kind" in refused({"data_id": data_id, "kind": "dance"}, 422)
     assert "no dataset 'nope' with test tasks" in refused({"data_id": data_id, "test_data_id": "nope"}, 404)
@@ -326,6 +328,13 @@ def test_what_a_job_cannot_be(jobs, serving, dataset):
     empty = {"pool_id": "p"}
     assert jobs.http.post("/api/jobs/nope/exchange", json=empty).status_code == 404
     assert jobs.http.post("/api/jobs/nope/exchange", json={"want": 1}).status_code == 422
+    endless = '{"pool_id": "p", "results": [{"lease_id": "x", "duration_s": NaN}]}'
+    assert (
+        jobs.http.post(
+            "/api/jobs/nope/exchange", content=endless, headers={"content-type": "application/json"}
+        ).status_code
+        == 422
+    )
     other = serving.http.post("/api/jobs", json={"data_id": data_id})
     assert other.status_code == 400 and "takes no others" in other.json()["error"]["message"]
 

@@ -291,6 +291,62 @@ def test_a_stopped_and_continued_job_is_as_an_undisturbed_one(config, store, eva
     assert [row["step"] for row in read_metrics(config.workdir)] == [0, 1, 2, 3, 4]
 
 
+def test_a_step_that_is_in_a_checkpoint_is_in_the_metrics(config, store, monkeypatch):
+    """Whenever the process may be killed behind it: after one Ctrl-C too, before the last evaluation and in it."""
+    config.runtime.checkpoint_interval, held_out = 0, []
+    checkpoint = training._Run._checkpoint
+
+    def steps():
+        return [row["step"] for row in read_metrics(config.workdir)]
+
+    def saved(run, step, tasks):
+        assert step in steps()
+        checkpoint(run, step, tasks)
+
+    def reward(lease):
+        metadata = lease["metadata"]
+        if metadata["mode"] == "evaluate":
+            held_out.append((metadata["step"], steps()))
+        elif metadata["step"] == 2:
+            runner.stop(job)
+        return random.random()
+
+    monkeypatch.setattr(training._Run, "_checkpoint", saved)
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    job = runner.submit({"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": 0})
+    with Pool(store, job, reward):
+        wait_for(lambda: status(store, job) in ("stopped", "failed"))
+    assert status(store, job) == "stopped", store.job(job)
+    assert held_out == [(0, [])] * 2 + [(2, [0, 1, 2])] * 2
+    assert steps() == [0, 1, 2] and "eval/reward" in read_metrics(config.workdir)[2]
+    runner.close()
+    policies.close()
+
+
+def test_a_job_that_is_stopped_while_it_saves_keeps_its_last_evaluation(config, store, monkeypatch):
+    config.runtime.checkpoint_interval, checkpoint = 2, training._Run._checkpoint
+    spec = {"kind": "train", "data_id": "d", "total_steps": 4, "batch_size": 2, "eval_interval": 0}
+
+    def saved(run, step, tasks):
+        checkpoint(run, step, tasks)
+        if step == 2:
+            runner.stop("train")
+
+    monkeypatch.setattr(training._Run, "_checkpoint", saved)
+    for end in ("stopped", "succeeded"):
+        policies = Policies(config)
+        runner = JobRunner(policies, store, config, resume=lambda job_id: False)
+        runner.submit(spec, "train")
+        with Pool(store, "train"):
+            wait_for(lambda end=end: status(store, "train") == end)
+        runner.close()
+        policies.close()
+        assert store.job("train")["result"]["test_steps"] == [0, 2, 4][: 2 + (end == "succeeded")]
+        tested = [row["step"] for row in read_metrics(config.workdir) if "eval/reward" in row]
+        assert tested == store.job("train")["result"]["test_steps"]
+
+
 def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
     """Ctrl-C in the last step, and the server ends during the evaluation that follows."""
     config.runtime.checkpoint_interval, ending = 0, []
@@ -300,8 +356,9 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
         if metadata["step"] == 2 and metadata["mode"] == "train":
             runner.stop("train")
         elif metadata["step"] == 2:
-            ending.append(threading.Thread(target=runner.close))
-            ending[-1].start()
+            closing = threading.Thread(target=runner.close)
+            closing.start()
+            ending.append(closing)
             wait_for(lambda: runner._stops["train"].now)
         return random.random() if metadata["mode"] == "train" else 0.5
 
@@ -338,9 +395,10 @@ def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config
         return held_out[metadata["step"]] if metadata["mode"] == "evaluate" else random.random()
 
     def killed_at_two(run):
-        if run.saved_step == 2 and not ending:
-            ending.append(threading.Thread(target=runner.close))
-            ending[0].start()
+        if run._has_checkpoint(2) and not ending:
+            closing = threading.Thread(target=runner.close)
+            closing.start()
+            ending.append(closing)
             wait_for(lambda: runner._stops["train"].now)
             raise training.Stopped
         mark_best(run)

@@ -100,6 +100,16 @@ def test_what_the_agent_did_wrong_fails_at_once(store, job, result, cause, text)
     assert record.traceback == (result.get("error") or {}).get("traceback")
 
 
+def test_a_reward_for_a_call_that_cannot_be_changes_nothing(store, job):
+    ids = open_some(store, job)
+    (leased,) = lease(store, job)
+    store.record_call(store.attempt_by_token(leased["token"]), call())
+    events = [{"kind": "reward", "call_index": index, "reward": 0.5} for index in (-1, 0, 1, 2**63)]
+    end(store, job, leased["lease_id"], reward=1.0, events=events)
+    (record,) = ended(store, job, ids)
+    assert record.reward == 1.0 and [c.reward for c in record.calls] == [0.5]
+
+
 @pytest.mark.parametrize("cause", ["crash", "timeout"])
 def test_a_dead_worker_is_tried_again_without_its_calls(store, job, cause):
     ids = open_some(store, job, max_attempts=2)
