@@ -151,7 +151,13 @@ class Engine:
             self._inbox.append(sequence)
 
     def check_room(self, count: int = 1) -> None:
-        """Raises QueueFull where so many more requests, which belong together, would be too many."""
+        """Raises QueueFull where so many more requests, which belong together, would be too many.
+
+        ValueError where they are too many at any time.
+        """
+        if count > self.max_queue:
+            text = f"n: {count} samples of one request are more than may ever wait"
+            raise ValueError(f"{text}, sampler.max_queue={self.max_queue}")
         waiting = len(self._inbox) + self._scheduler.num_waiting
         if waiting + count > self.max_queue:
             more = f", {count} more came together" if count > 1 else ""

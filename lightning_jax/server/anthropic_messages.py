@@ -135,7 +135,7 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         top_k=body.top_k,
         max_tokens=body.max_tokens,
         stop=wire.stop_strings(body.stop_sequences, "stop_sequences"),
-        continue_final=chat[-1]["role"] == "assistant",  # what Anthropic calls a prefill
+        continue_final=bool(chat) and chat[-1]["role"] == "assistant",  # what Anthropic calls a prefill
         stream=bool(body.stream),
     )
 
@@ -152,8 +152,14 @@ def _form(body: MessagesRequest) -> tuple[str, Any] | None:
 def _chat_messages(message: dict, where: str) -> list[dict]:
     """One Anthropic message as chat messages: a user's tool results become messages of role "tool"."""
     role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant"):
-        raise ApiError(f"{where}.role: must be 'user' or 'assistant', not {role!r}", param=f"{where}.role")
+    if role not in ("user", "assistant", "system"):
+        text = f"{where}.role: must be 'user', 'assistant' or 'system', not {role!r}"
+        raise ApiError(text, param=f"{where}.role")
+    if role == "system":
+        if message.get("clear_at") == "next_user_message":
+            raise ApiError(f"{where}.clear_at: messages that go away are not supported", param=f"{where}.clear_at")
+        text = _text(content, f"{where}.content")
+        return [{"role": role, "content": text}] if text else []  # Pydantic AI sends empty ones
     if isinstance(content, str):
         return [{"role": role, "content": "" if (role, content) == ("assistant", _NO_TEXT) else content}]
     if not isinstance(content, list):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning_jax.text.tools import CallPiece
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the likeliest ones as (id, log-prob)
+Token = tuple[int, float, list[tuple[int, float]]]  # its id, its log-prob, the likeliest ones if they were asked for
 
 
 class ApiError(Exception):
@@ -58,6 +59,7 @@ class GenerateRequest:
         continue_final: the last message, of the assistant, is the beginning of the reply.
         n: how many samples of the one prompt.
         stream: whether the reply is asked for as `Generation.events`.
+        content_tokens: whether `Choice.content_tokens` are wanted.
     """
 
     dialect: str
@@ -85,6 +87,7 @@ class GenerateRequest:
     n: int = 1
     ignore_eos: bool = False
     stream: bool = False
+    content_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Choice:
         finish_reason: "stop", "length" or "tool_calls".
         stop_string: the stop string that ended it, if one did.
         top_logprobs: of every sampled token, if they were asked for.
+        content_tokens: those that the content came of, which a tool call's are not, if they were asked for.
     """
 
     content: str
@@ -109,6 +113,7 @@ class Choice:
     finish_reason: str
     stop_string: str | None
     top_logprobs: TopLogprobs | None = None
+    content_tokens: Sequence[Token] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Delta:
         token_ids, logprobs, top_logprobs: sampled since the sample's previous delta.
         num_text_tokens: how many of them are text.
         choice: the whole sample, in its last delta.
+        content_tokens: as in `Choice`; of those that were held back, some may be an earlier delta's `token_ids`.
     """
 
     index: int
@@ -133,6 +139,7 @@ class Delta:
     num_text_tokens: int
     choice: Choice | None = None
     top_logprobs: TopLogprobs | None = None
+    content_tokens: Sequence[Token] = ()
 
 
 @dataclasses.dataclass(frozen=True)

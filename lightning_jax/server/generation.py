@@ -1,9 +1,10 @@
 """One request in flight: its samples, what of them is seen, and their record."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lightning_jax.server.contract import (
     Delta,
     GenerateReply,
     GenerateRequest,
+    Token,
     TopLogprobs,
 )
 from lightning_jax.server.increments import ReplyText, StopStrings
@@ -60,6 +62,7 @@ class _Sample:
         ids, logprobs: all that has come.
         top_logprobs: theirs, if they were asked for.
         given: how many of them went into deltas.
+        content_given: how many of `text.content_positions` did.
         versions: the policy versions that sampled the first of them and the last.
     """
 
@@ -68,6 +71,7 @@ class _Sample:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: TopLogprobs = dataclasses.field(default_factory=list)
     given: int = 0
+    content_given: int = 0
     versions: tuple[int, int] = (0, 0)
     done: bool = False
 
@@ -87,7 +91,7 @@ class Generation:
         cached_tokens: how many of them had been computed before, for the first sample; 0 until that is over.
 
     Raises:
-        ApiError: the queue is full, or the attempt has ended.
+        ApiError: the queue is full or too short, or the attempt has ended.
     """
 
     def __init__(
@@ -115,13 +119,8 @@ class Generation:
         if attempt is not None:
             attempt.on_result.append(self._record_given)
         try:
-            self._submit()
-        except QueueFull as error:
-            self.close()
-            raise ApiError(str(error), status=429, kind="rate_limit", retry_after_s=_RETRY_AFTER_S) from None
-        except ValueError as error:  # too many stop ids, a bias for a token that does not exist
-            self.close()
-            raise ApiError(str(error)) from None
+            with refusals():
+                self._submit()
         except BaseException:
             self.close()
             raise
@@ -131,7 +130,7 @@ class Generation:
         stop, watch_top = self._request.stop, self._request.stream and self._request.top_logprobs
         fairness_key = str(self._attempt.rollout_id) if self._attempt else "root"
         for i, parameters in enumerate(self._prepared.sampling):
-            strings = StopStrings(self._policy.tokenizer, stop, continues=self._continues) if stop else None
+            strings = StopStrings(self._policy.tokenizer, stop, **self._text_options) if stop else None
             future = self._policy.sample(
                 self.prompt_ids,
                 parameters,
@@ -271,7 +270,11 @@ class Generation:
         num_text_tokens = min(upto, sample.text.num_text_tokens) - sample.given
         sample.given = upto
         top_logprobs = sample.top_logprobs[new] if self._request.top_logprobs else None
-        return Delta(i, content, calls, sample.ids[new], sample.logprobs[new], num_text_tokens, choice, top_logprobs)
+        positions = sample.text.content_positions[sample.content_given :]
+        sample.content_given += len(positions)
+        tokens = _tokens(positions, sample.ids, sample.logprobs, sample.top_logprobs)
+        ids = (sample.ids[new], sample.logprobs[new], num_text_tokens)
+        return Delta(i, content, calls, *ids, choice, top_logprobs, tokens)
 
     # ---- samples and records ----
 
@@ -281,13 +284,15 @@ class Generation:
             in_pieces = request.stream and self._prepared.certain_calls and self._family != "mistral"
             parse = tools.PieceParser if in_pieces else tools.ReplyParser
             parser = parse(self._family, self._prepared.names[i])
-        return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser, continues=self._continues)
+        options = self._text_options | {"with_positions": request.content_tokens}
+        return ReplyText(self._policy.tokenizer, self._end_ids, request.stop, parser, **options)
 
     @property
-    def _continues(self) -> bool:
-        """Whether the samples go on from a text: a prompt that is no chat, or the beginning of a reply."""
-        request = self._request
-        return bool(request.prompt or (request.continue_final and self._prepared.messages[-1]["content"]))
+    def _text_options(self) -> dict:
+        request, prepared = self._request, self._prepared
+        # The samples go on from a prompt that is no chat, or from the beginning of a reply.
+        continues = bool(request.prompt or (request.continue_final and prepared.messages[-1]["content"]))
+        return {"continues": continues, "min_tokens": prepared.sampling[0].min_tokens}
 
     def _checked(self, completion: Completion) -> Completion:
         if completion.finish_reason == "error":
@@ -352,18 +357,36 @@ class Generation:
         return self._store.record_call(self._attempt, call)
 
 
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Makes what the sampler refuses an ApiError."""
+    try:
+        yield
+    except QueueFull as error:
+        raise ApiError(str(error), status=429, kind="rate_limit", retry_after_s=_RETRY_AFTER_S) from None
+    except ValueError as error:  # too many samples or stop ids, a bias for a token that does not exist
+        raise ApiError(str(error)) from None
+
+
 def _choice(text: ReplyText, completion: Completion) -> Choice:
-    reason = completion.finish_reason
+    reason, logprobs = completion.finish_reason, completion.logprobs.tolist()
     return Choice(
         content=text.content,
         tool_calls=text.tool_calls,
         token_ids=completion.token_ids,
-        logprobs=completion.logprobs.tolist(),
+        logprobs=logprobs,
         num_text_tokens=text.num_text_tokens,
         finish_reason="tool_calls" if text.tool_calls and reason == "stop" else reason,
         stop_string=text.stop_string,
         top_logprobs=completion.top_logprobs,
+        content_tokens=_tokens(text.content_positions, completion.token_ids, logprobs, completion.top_logprobs),
     )
+
+
+def _tokens(
+    positions: Sequence[int], ids: Sequence[int], logprobs: Sequence[float], top_logprobs: TopLogprobs | None
+) -> list[Token]:
+    return [(ids[i], logprobs[i], top_logprobs[i] if top_logprobs else []) for i in positions]
 
 
 def _ended() -> ApiError:

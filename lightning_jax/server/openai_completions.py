@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated
 
 import pydantic
 from fastapi import Request, Response
@@ -10,19 +11,20 @@ from fastapi import Request, Response
 from lightning_jax.policy import Policy
 from lightning_jax.server import openai_shared, wire
 from lightning_jax.server.contract import ApiError, Choice, Delta, GenerateReply, GenerateRequest
-from lightning_jax.server.generation import Generation
+from lightning_jax.server.generation import Generation, refusals
 from lightning_jax.server.roles import Generators
 from lightning_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # the API's own
 _MAX_SAMPLES = 1024  # prompts x n of one request
+_SOME = pydantic.Field(min_length=1)
 _UNSUPPORTED = openai_shared.UNSUPPORTED | {"suffix": ("",), "prompt_embeds": ()}
 
 
 class CompletionRequest(openai_shared.SamplingBody):
     """The request body as far as it is used; other fields are refused (`_UNSUPPORTED`) or mean nothing here."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = pydantic.Field(min_length=1)
+    prompt: str | Annotated[list[str], _SOME] | Annotated[list[int], _SOME] | Annotated[list[list[int]], _SOME]
     echo: bool | None = None
     max_tokens: int | None = pydantic.Field(None, ge=0)  # 0 with echo: the prompt alone, and its log-probs
     logprobs: int | None = pydantic.Field(None, ge=0, le=20)
@@ -38,6 +40,9 @@ async def completions(request: Request) -> Response:
     writer = _Writer(body, generator.policy.tokenizer, body.model or generator.policy.name)
     generations: list[Generation] = []
     try:
+        if body.max_tokens != 0:
+            with refusals():  # all or none, as of the samples of one prompt
+                generator.policy.check_room(len(writer.prompts) * (body.n or 1))
         for prompt in writer.prompts:
             asked = _request(body, prompt)
             if body.max_tokens == 0:

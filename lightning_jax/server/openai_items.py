@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning_jax.server.contract import ApiError, Delta
+from lightning_jax.server.contract import ApiError, Delta, Token
 from lightning_jax.text.tools import CallPiece
 
 _KEPT_RESPONSES = 8192
@@ -101,13 +101,13 @@ class Output:
     """The output items of a response as its reply grows: a message where there is text, a function call for each call.
 
     Args:
-        logprobs: the log-probs of a delta's text, as the wire has them; None if they are not asked for.
+        logprobs: the log-probs of tokens as the wire has them; None if they are not asked for.
 
     Attributes:
         items: so far.
     """
 
-    def __init__(self, logprobs: Callable[[Delta], list[dict]] | None):
+    def __init__(self, logprobs: Callable[[Sequence[Token]], list[dict]] | None):
         self.items: list[dict] = []
         self._logprobs = logprobs
         self._in_message = self._in_call = False
@@ -115,7 +115,7 @@ class Output:
     def grow(self, delta: Delta) -> Iterator[dict]:
         """The events that tell what is new; with the last delta, of the end of the last item."""
         empty = delta.choice is not None and not self.items and not delta.call_pieces
-        if delta.content or empty:
+        if delta.content or delta.content_tokens or empty:
             yield from self._add_text(delta)
         for piece in delta.call_pieces:
             yield from self._end_message("completed")
@@ -138,7 +138,7 @@ class Output:
             yield self._event("content_part.added", item_id=item_id, content_index=0, part=dict(part))
         item = self.items[-1]
         part = item["content"][0]
-        logprobs = self._logprobs(delta) if self._logprobs else []
+        logprobs = self._logprobs(delta.content_tokens) if self._logprobs else []
         part["text"] += delta.content
         part["logprobs"] = [*part["logprobs"], *logprobs]
         if delta.content:

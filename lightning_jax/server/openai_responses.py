@@ -23,6 +23,7 @@ _UNSUPPORTED = {
     "conversation": (),
     "prompt": (),
     "context_management": ([],),
+    "truncation": ("disabled",),
     "modalities": (["text"],),
 }
 
@@ -34,7 +35,7 @@ class ResponsesRequest(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="allow")
 
-    input: str | list[dict[str, Any]] = pydantic.Field(min_length=1)
+    input: str | list[dict[str, Any]] | None = None
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -113,7 +114,9 @@ def _messages(body: ResponsesRequest, store: ResponseStore, scope: str | None) -
             text = f"previous_response_id: there is no response {body.previous_response_id!r} here, or no longer"
             raise ApiError(text, param="previous_response_id")
         earlier = found[1]
-    return [*earlier, *chat_messages(body.input)]
+    elif not body.input:
+        raise ApiError("input: must not be empty where there is no previous_response_id", param="input")
+    return [*earlier, *chat_messages(body.input or [])]
 
 
 def _request(body: ResponsesRequest, messages: list[dict]) -> GenerateRequest:
@@ -134,7 +137,12 @@ def _request(body: ResponsesRequest, messages: list[dict]) -> GenerateRequest:
         max_tokens=body.max_output_tokens,
         seed=body.seed,
         stream=bool(body.stream),
+        content_tokens=_wants_logprobs(body),
     )
+
+
+def _wants_logprobs(body: ResponsesRequest) -> bool:
+    return bool(body.top_logprobs) or _LOGPROBS in (body.include or ())
 
 
 def _tool_choice(body: ResponsesRequest) -> tuple[str, str | None]:
@@ -165,8 +173,8 @@ class _Writer:
         self._body, self._generation, self._keep = body, generation, keep
         self._number = -1  # of the newest event
         logprobs = None
-        if body.top_logprobs or _LOGPROBS in (body.include or ()):
-            logprobs = functools.partial(openai_shared.token_logprobs, tokenizer=tokenizer)
+        if _wants_logprobs(body):
+            logprobs = functools.partial(openai_shared.logprobs_of, tokenizer=tokenizer)
         self._output = Output(logprobs)
         self._response = {
             "id": f"resp_{secrets.token_hex(12)}",
@@ -199,7 +207,7 @@ class _Writer:
         ids = (choice.token_ids, choice.logprobs, choice.num_text_tokens)
         functions = [(call["id"], call["function"]) for call in choice.tool_calls]
         calls = [CallPiece((call_id, made["name"]), made["arguments"], True) for call_id, made in functions]
-        for _ in self._output.grow(Delta(0, choice.content, calls, *ids, choice, choice.top_logprobs)):
+        for _ in self._output.grow(Delta(0, choice.content, calls, *ids, choice, content_tokens=choice.content_tokens)):
             pass
         return self._finish(choice)
 

@@ -2,13 +2,14 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 from fastapi import Response
 
 from lightning_jax.server import wire
-from lightning_jax.server.contract import ApiError, Choice, Delta
+from lightning_jax.server.contract import ApiError, Choice, Delta, Token
 from lightning_jax.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -172,12 +173,17 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 
 
 def token_logprobs(sampled: Choice | Delta, tokenizer: Tokenizer) -> list[dict]:
-    """The log-probs of a sample's text, in chat completions' form."""
+    """The log-probs of a sample's text and tool calls, in chat completions' form."""
     tops = sampled.top_logprobs or [()] * len(sampled.token_ids)
     tokens = zip(sampled.token_ids, sampled.logprobs, tops, strict=True)
+    return logprobs_of(list(tokens)[: sampled.num_text_tokens], tokenizer)
+
+
+def logprobs_of(tokens: Sequence[Token], tokenizer: Tokenizer) -> list[dict]:
+    """The log-probs of some tokens, in chat completions' form."""
     return [
         _token(token_id, logprob, tokenizer) | {"top_logprobs": [_token(*likely, tokenizer) for likely in top]}
-        for token_id, logprob, top in list(tokens)[: sampled.num_text_tokens]
+        for token_id, logprob, top in tokens
     ]
 
 

@@ -81,13 +81,16 @@ class ReplyParser:
     Attributes:
         content: the text so far.
         calls: the calls so far in OpenAI's form, `arguments` as JSON text.
+        call_spans: where they stand in the reply, as (start, end); what is beside them begins with the content.
     """
 
     def __init__(self, family: Family, call_key: str = ""):
         self.content = ""
         self.calls: list[dict] = []
+        self.call_spans: list[tuple[int, int]] = []
         self._split = {"hermes": _split_hermes, "llama3": _split_llama3, "mistral": _split_mistral}[family]
         self._call_key = call_key
+        self._position = 0  # of the rest in the reply
         self._rest = ""  # not known yet to be text or a call
         self._space = ""  # at the end of the text so far
         self._is_text = False  # so will be all that follows
@@ -111,11 +114,16 @@ class ReplyParser:
             parts, self._rest, self._is_text = self._split(self._rest + text, final)
         shown, calls = "", []
         for part in parts:
+            start = self._position
             if isinstance(part, str):
                 shown += part
+                self._position += len(part)
             else:
+                found, length = part
                 first = len(self.calls) + len(calls)
-                calls += [_call(self._call_key, first + n, *call) for n, call in enumerate(part)]
+                calls += [_call(self._call_key, first + n, *call) for n, call in enumerate(found)]
+                self._position += length
+                self.call_spans.append((start, self._position))
         shown = self._space + shown
         kept = shown.rstrip()
         self._space = shown[len(kept) :]
@@ -273,8 +281,9 @@ def _call_text(call: dict) -> str:
 
 
 # The splitters below take what is not yet split, and whether it is all. They return the parts that are certain, each a
-# text or a list of calls; what must be seen again with more behind it; and whether all that follows is text.
-_Parts = list[str | list[tuple[str, str]]]
+# text or a list of calls and the length of what they are written as; what must be seen again with more behind it; and
+# whether all that follows is text.
+_Parts = list[str | tuple[list[tuple[str, str]], int]]
 
 
 def _split_hermes(text: str, final: bool) -> tuple[_Parts, str, bool]:
@@ -287,7 +296,7 @@ def _split_hermes(text: str, final: bool) -> tuple[_Parts, str, bool]:
         value = _load(whole[1].strip()) if whole else None
         calls = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
         is_text = not calls or None in calls
-        parts += [text[position : block.start()], block[0] if is_text else calls]
+        parts += [text[position : block.start()], block[0] if is_text else (calls, whole.end() - block.start())]
         position = block.end() if is_text else whole.end()
     rest = text[position:]
     start = len(rest) if final else _marker_start(rest, "<tool_call>")
@@ -298,7 +307,8 @@ def _split_llama3(text: str, final: bool) -> tuple[_Parts, str, bool]:
     rest = text.strip()
     python_tag = "<|python_tag|>"
     if final:
-        return [_llama3_calls(rest) or text], "", True
+        calls = _llama3_calls(rest)
+        return [(calls, len(text)) if calls else text], "", True
     if not rest or python_tag.startswith(rest):
         return [], text, False
     rest = rest.removeprefix(python_tag).lstrip()
@@ -332,7 +342,8 @@ def _split_mistral(text: str, final: bool) -> tuple[_Parts, str, bool]:
     content, marker, body = text.partition("[TOOL_CALLS]")
     value = _load(body.strip()) if marker else None
     calls = [_as_call(item) for item in value] if isinstance(value, list) else []
-    return ([text] if not calls or None in calls else [content, calls]), "", True
+    is_text = not calls or None in calls
+    return ([text] if is_text else [content, (calls, len(text) - len(content))]), "", True
 
 
 def _marker_start(text: str, marker: str) -> int:

@@ -148,6 +148,17 @@ def test_structured_output(rollout):
     assert all(call.constrained for call in rollout.calls)
 
 
+def test_a_system_message_behind_a_users(rollout):
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief.", "cache_control": None}]}
+    messages = [*user(SAY), {"role": "assistant", "content": "So."}, *user(SAY), system]
+    with client_of(rollout.url) as client:
+        reply = create(client, messages, system="Be kind.")
+        counted = client.messages.count_tokens(model="m", messages=messages, system="Be kind.")
+    assert counted.input_tokens == reply.usage.input_tokens + reply.usage.cache_read_input_tokens
+    rollout.assert_saw(seen_anthropic(reply))
+    assert [message["role"] for message in rollout.calls[0].messages] == "system user assistant user system".split()
+
+
 def test_thoughts_and_other_blocks_of_the_past_are_accepted(rollout):
     """An agent that moved here from another model brings its history along."""
     thinking = {"type": "thinking", "thinking": "Hm.", "signature": "x"}

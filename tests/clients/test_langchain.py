@@ -52,6 +52,14 @@ def test_plain_and_streamed(rollout, model_of, version):
     rollout.assert_saw(seen(reply), seen(streamed))
 
 
+def test_a_system_message_behind_a_users(rollout):
+    """Which goes as one where the model's name is of those that it knows to read them."""
+    model = ChatAnthropic(model="claude-fable-5", base_url=rollout.url, api_key="any", max_retries=0, max_tokens=200)
+    reply = model.invoke([("system", "Be kind."), ("user", SAY), ("ai", "So."), ("user", SAY), ("system", "Be brief.")])
+    rollout.assert_saw(seen(reply))
+    assert [message["role"] for message in rollout.calls[0].messages] == "system user assistant user system".split()
+
+
 @dialects
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_agents_conversation_is_one_row(rollout, model_of, streamed):
@@ -137,6 +145,8 @@ def test_errors(rollout, model_of):
 
 
 def test_too_many_are_refused(rollout):
-    with pytest.raises(openai.RateLimitError):
-        openai_chat(rollout.url, n=128).invoke(RAMBLE)
+    with rollout.running.one_waiting(), pytest.raises(openai.RateLimitError):
+        openai_chat(rollout.url, n=64).invoke(RAMBLE)
+    with pytest.raises(openai.BadRequestError, match="sampler.max_queue=64"):
+        openai_chat(rollout.url, n=65).invoke(RAMBLE)
     assert openai_chat(rollout.url).invoke(SAY).text

@@ -75,8 +75,8 @@ def test_errors(rollout, dialect):
     with pytest.raises(litellm.ContextWindowExceededError):
         litellm.completion(**asked, messages=user("x" * 4096))
     if dialect != "anthropic":  # which has no `n`
-        with pytest.raises(litellm.RateLimitError):
-            litellm.completion(**asked, messages=user(RAMBLE), n=128)
+        with rollout.running.one_waiting(), pytest.raises(litellm.RateLimitError):
+            litellm.completion(**asked, messages=user(RAMBLE), n=64)
     assert litellm.completion(**asked, messages=user(SAY)).choices
 
 

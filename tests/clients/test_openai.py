@@ -210,8 +210,8 @@ def test_errors_are_the_sdks_own(rollout):
         with pytest.raises(openai.BadRequestError, match="maximum context length is 4096") as caught:
             chat(client, [{"role": "user", "content": "x" * 4096}])
         assert caught.value.code == "context_length_exceeded" and caught.value.type == "invalid_request_error"
-        with pytest.raises(openai.RateLimitError) as caught:
-            chat(client, user(RAMBLE), n=128, stream=True)
+        with rollout.running.one_waiting(), pytest.raises(openai.RateLimitError) as caught:
+            chat(client, user(RAMBLE), n=64, stream=True)
         assert caught.value.response.headers["retry-after"] == "1"
         with pytest.raises(openai.BadRequestError, match="image_url"):
             parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]

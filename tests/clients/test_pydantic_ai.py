@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from pydantic_ai import Agent, NativeOutput, ToolOutput, exceptions
-from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.messages import ModelRequest, ModelResponse, SystemPromptPart, TextPart, ToolCallPart, UserPromptPart
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
@@ -77,6 +77,21 @@ async def test_an_agents_conversation_is_one_row(rollout, model_of, streamed):
     replies = seen(second.all_messages())
     assert len(replies) == 7 and len(rollout.finish()) == 1
     rollout.assert_saw(*replies)
+
+
+async def test_a_system_message_behind_a_users(rollout):
+    """Which goes as one where the model's name is of those that it knows to read them."""
+    model = AnthropicModel("claude-fable-5", provider=AnthropicProvider(base_url=rollout.url, api_key="any"))
+    history = [
+        ModelRequest([SystemPromptPart("Be kind."), UserPromptPart(SAY)]),
+        ModelResponse([TextPart("So.")]),
+        ModelRequest([UserPromptPart(SAY), SystemPromptPart("Be brief.")]),
+        ModelResponse([TextPart("So.")]),
+    ]
+    result = await Agent(model).run(SAY, message_history=history)
+    rollout.assert_saw((result.output, []))
+    roles = [message["role"] for message in rollout.calls[0].messages]
+    assert roles == "system user assistant user system assistant user".split()
 
 
 @dialects

@@ -284,6 +284,8 @@ def test_what_does_not_fit_is_refused(small, prompts):
     runner.submit("b", prompts[0], GREEDY)
     with pytest.raises(QueueFull):
         runner.submit("c", prompts[0], GREEDY)
+    with pytest.raises(ValueError, match="3 samples"):  # which there will never be room for
+        engine.check_room(3)
     assert set(runner.finish()) == {"a", "b"}
     runner.submit("c", prompts[0], GREEDY)  # there is room again
     assert "c" in runner.finish()

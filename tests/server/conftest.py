@@ -1,8 +1,10 @@
 """A real server over a real engine: a small model with random weights, and one made by hand that calls a tool."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import threading
 
 import httpx
 import jax
@@ -143,6 +145,18 @@ class Running:
         self.http.post(f"/api/jobs/{job}/exchange", json=body).raise_for_status()
         self.store.wait(job, ids)
         return self.store.finished(ids)
+
+    @contextlib.contextmanager
+    def one_waiting(self):
+        """While this is open, nothing is sampled, and a sample waits."""
+        going_on = threading.Event()
+        self.policies._device.run(going_on.wait)
+        waiting = self.policy.sample([1], SamplingParams(max_tokens=1))
+        try:
+            yield
+        finally:
+            going_on.set()
+            waiting.result()
 
     def model_api(self, lease) -> str:
         return f"{self.url}/rollout/{lease['token']}"

@@ -66,6 +66,25 @@ def test_content_blocks_are_the_same_chat(client, serving):
     )
 
 
+def test_system_messages_stand_where_they_are_sent(client, serving):
+    history = [
+        *USER,
+        {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]},
+        {"role": "assistant", "content": "4"},
+        {"role": "system", "content": []},
+        {"role": "user", "content": "3+3?"},
+        {"role": "system", "content": "Count."},
+        {"role": "system", "content": ""},
+    ]
+    reply = create(client, messages=history, system="Be brief.")
+    assert serving.policy.tokenizer.decode(reply.prompt_token_ids) == (
+        "<|system|>Be brief.<|end|><|user|>2+2?<|end|><|system|>Be kind.<|end|>"
+        "<|assistant|>4<|end|><|user|>3+3?<|end|><|system|>Count.<|end|><|assistant|>"
+    )
+    counted = client.messages.count_tokens(model="m", messages=history, system="Be brief.")
+    assert counted.input_tokens == len(reply.prompt_token_ids)
+
+
 def test_litellms_words_for_an_empty_text_are_none(serving_tools):
     """As LiteLLM 1.106 sends a call without text back: the conversation goes on from the call's own ids."""
     job, leases, ids = serving_tools.open()
@@ -126,7 +145,10 @@ def test_tool_use(serving_tools):
     "options, text",
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "system", "content": ""}]}, "at least one message"),
+        ({"messages": [*USER, {"role": "system", "content": "x", "clear_at": "next_user_message"}]}, "clear_at"),
+        ({"messages": [{"role": "system", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text: must be a str"),
         ({"max_tokens": 0}, "max_tokens"),

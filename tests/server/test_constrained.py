@@ -133,6 +133,24 @@ def test_logit_bias_penalties_and_min_tokens(client, serving):
         create(client, logit_bias={"123456789": 1})
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "stop, text",
+    [("a", "aaaaa"), ("aa", "aaaa"), (["a", "aaaaaaaa"], "aaaaa"), (["aaaaaaaa", "b"], ""), ("b", "a" * 10)],
+)
+def test_min_tokens_holds_back_stop_strings(client, serving, stop, text, stream):
+    """As in vLLM: one stops the reply that is complete behind them, wherever it begins."""
+    (a,) = serving.policy.tokenizer.encode("a")
+    options = {"logit_bias": {str(a): 100}, "max_tokens": 10, "stop": stop, "extra_body": {"min_tokens": 5}}
+    if stream:
+        chunks = list(client.chat.completions.create(model="m", messages=USER, stream=True, **options))
+        got = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        (choice,) = create(client, **options).choices
+        got = choice.message.content, choice.finish_reason
+    assert got == (text, "length" if stop == "b" else "stop")
+
+
 def test_stop_token_ids(client, serving):
     (a,) = serving.policy.tokenizer.encode("a")
     body = {"stop_token_ids": [a], "return_token_ids": True}

@@ -116,3 +116,15 @@ def test_what_the_server_cannot_handle_leaves_the_client_its_next_request(servin
     assert failed.status_code == 500 and "by accident" in failed.text
     assert failed.headers["connection"] == "close"  # of a connection that is closed unsaid the next request is lost
     assert serving.http.post(path, json=body).status_code == 200
+
+
+@pytest.mark.parametrize("dialect", [chat, responses, messages])
+def test_more_of_the_likeliest_tokens_than_there_are_is_all_of_them(serving, dialect):
+    """In an evaluation the agent decides, by numbers as large as JSON has them; what held is recorded."""
+    job, leases, ids = serving.open(mode="evaluate")
+    path, body = dialect("x")
+    for top_k in (3, 2**31, 2**63):
+        assert serving.http.post(serving.model_api(leases[0]) + path, json=body | {"top_k": top_k}).status_code == 200
+    (record,) = serving.finish(job, leases, ids)
+    vocab_size = serving.policy.config.vocab_size
+    assert [call.top_k for call in record.calls] == [3, vocab_size, vocab_size]

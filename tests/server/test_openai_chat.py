@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 
 import openai
 import pytest
@@ -177,14 +176,10 @@ async def test_a_full_queue_is_a_429_with_retry_after(serving):
 
 def test_a_refused_request_leaves_the_queue_as_it_was(client, serving):
     """Its samples wait all or none: those before the one too many once kept others out until the next round."""
-    stepped = threading.Event()
-    serving.policies._device.run(stepped.wait)
-    try:
-        with pytest.raises(openai.RateLimitError, match="61 more came together, and no more than 60"):
-            create(client, n=61)
-        assert serving.policy._engine.stats()["queue_length"] == 0
-    finally:
-        stepped.set()
+    with serving.one_waiting():
+        with pytest.raises(openai.RateLimitError, match="60 more came together, and no more than 60"):
+            create(client, n=60)
+        assert serving.policy._engine.stats()["queue_length"] == 1
     assert len(create(client, n=60).choices) == 60
 
 

@@ -149,6 +149,8 @@ def test_a_stream_is_the_reply_in_pieces(client):
         ({"extra_body": {"repetition_penalty": 1e-38}}, "repetition_penalty"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ""}, "this model's texts begin with none of their own"),
+        ({"prompt": [""]}, "this model's texts begin with none of their own"),
         ({"prompt": [1, 10**7]}, "vocabulary"),
         ({"prompt": [1, 10**20]}, "vocabulary"),
         ({"prompt": "x" * 300}, "context length is 256"),
@@ -160,6 +162,8 @@ def test_a_stream_is_the_reply_in_pieces(client):
         ({"extra_body": {"structured_outputs": {"choice": [5]}}}, "choice|str"),
         ({"extra_body": {"guided_json": "[" * 100_000}}, "recursion"),
         ({"prompt": ["a"] * 1000, "n": 2}, "1024"),
+        ({"n": 61}, "n: .*sampler.max_queue=60"),
+        ({"prompt": ["a"] * 31, "n": 2}, "n: .*sampler.max_queue=60"),
     ],
 )
 def test_what_cannot_be_done_is_said(client, options, text):

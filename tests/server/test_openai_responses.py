@@ -83,6 +83,14 @@ def test_stored_responses(client):
         create(client, previous_response_id=forgotten.id)
 
 
+def test_a_previous_response_is_input_enough(client, serving):
+    reply = create(client)
+    by_items = create(client, input=[{"role": "user", "content": "2+2?"}, reply.output[0].model_dump()])
+    for nothing in (openai.omit, []):
+        again = create(client, input=nothing, previous_response_id=reply.id)
+        assert again.prompt_token_ids == by_items.prompt_token_ids
+
+
 def test_text_format(client):
     schema = {
         "type": "object",
@@ -142,11 +150,13 @@ def test_a_call_stream_has_the_documented_order(caller):
     "options, text",
     [
         ({"input": []}, "input"),
+        ({"input": openai.omit}, "input"),
         ({"input": [{"type": "computer_call_output", "call_id": "c", "output": {}}]}, "computer_call_output"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format"),
         ({"text": {"format": 5}}, "text.format"),
@@ -198,6 +208,18 @@ def test_a_call_between_two_texts_goes_back(talking, stream):
     assert kinds == [["message", "function_call", "message"][: 3 if stream else 2]] * 2
     assert [call.parent for call in record.calls] == [None, 0]
     assert [call.reply["content"] for call in record.calls] == ["So" + AFTER] * 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probs_of_a_text_are_none_of_its_calls(talking, stream):
+    options = {"tools": TOOLS, "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    with openai.OpenAI(base_url=talking.url, api_key="x", max_retries=0) as client:
+        reply = events_of(client, **options)[-1].response if stream else create(client, max_output_tokens=20, **options)
+    parts = [item.content[0] for item in reply.output if item.type == "message"]
+    assert "".join(part.text for part in parts) == "So" + AFTER and len(parts) == 1 + stream
+    for part in parts:
+        assert "".join(entry.token for entry in part.logprobs) == part.text
+        assert all(entry.top_logprobs[0].token == entry.token for entry in part.logprobs), "the model is sure"
 
 
 def test_a_message_in_several_parts_is_the_reply(talking):

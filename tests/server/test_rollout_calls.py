@@ -184,8 +184,8 @@ def test_a_retry_samples_the_same(serving):
 def test_a_refused_call_that_is_sent_again_is_the_same_call(serving):
     """A full queue changes when something is sampled, not what."""
     job, leases, ids = serving.open(samples=2)
-    with pytest.raises(openai.RateLimitError):
-        chat(serving, leases[0], n=100)
+    with serving.one_waiting(), pytest.raises(openai.RateLimitError):
+        chat(serving, leases[0], n=60)
     replies = [chat(serving, leases[0], n=2).choices[1].token_ids for _ in range(2)]
     serving.finish(job, leases, ids)
     job, leases, ids = serving.open(samples=2)

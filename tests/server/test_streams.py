@@ -174,8 +174,11 @@ def test_errors_before_the_first_token_have_their_status(serving):
     ):
         messages = [{"role": "user", "content": "x" * 300}]
         client.messages.create(model="m", max_tokens=3, messages=messages, stream=True)
-    with openai_client(serving.url) as client, pytest.raises(openai.RateLimitError):
-        client.chat.completions.create(model="m", messages=USER, n=100, stream=True)
+    with openai_client(serving.url) as client:
+        with serving.one_waiting(), pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(model="m", messages=USER, n=60, stream=True)
+        with pytest.raises(openai.BadRequestError, match="n: .*sampler.max_queue=60"):
+            client.chat.completions.create(model="m", messages=USER, n=61, stream=True)
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic"])

@@ -147,6 +147,9 @@ def test_a_reply_in_pieces_is_the_reply_as_a_whole(family, data, text):
     whole = parse_reply(text, family, "key")
     assert ("".join(piece for piece, _ in taken), [call for _, calls in taken for call in calls]) == whole
     assert (parser.content, parser.calls) == whole
+    ends = [0, *(end for span in parser.call_spans for end in span), len(text)]
+    beside = "".join(text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True))
+    assert beside == whole[0] if not whole[1] else beside.rstrip() == whole[0]
 
 
 @pytest.mark.parametrize(
