@@ -78,8 +78,13 @@ def merged_config(
 ) -> config_dict.ConfigDict:
     """The configuration of the parsed flags, the environment and the files they name; errors as `config.merge`."""
     flag = flag_values["config"]
+    overrides = config_flags.get_override_values(flag) | _overrides  # the first are those of a --flagfile
+    base = config_dict.ConfigDict(flag.value)
+    present = {key for key, _ in config_lib.flatten(base)}
+    with base.ignore_type():  # what the file makes of another setting (`get_ref`) follows its flag
+        base.update_from_flattened_dict({key: value for key, value in overrides.items() if key in present})
     file = config_flags.get_config_filename(flag).split(":")[0]
-    return config_lib.merge(flag.value, flag_values.server_config, environ, _overrides, base_path=file)
+    return config_lib.merge(base, flag_values.server_config, environ, overrides, base_path=file)
 
 
 def _without_overrides(argv: list[str]) -> list[str]:

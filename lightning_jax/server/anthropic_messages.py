@@ -135,7 +135,7 @@ def _request(body: MessagesRequest) -> GenerateRequest:
         top_k=body.top_k,
         max_tokens=body.max_tokens,
         stop=wire.stop_strings(body.stop_sequences, "stop_sequences"),
-        continue_final=bool(chat) and chat[-1]["role"] == "assistant",  # what Anthropic calls a prefill
+        continue_final=body.messages[-1]["role"] == "assistant",  # what Anthropic calls a prefill
         stream=bool(body.stream),
     )
 

@@ -108,7 +108,8 @@ def build_continuation(
         call = earlier[index]
         if list(call.messages) == messages and list(call.tools or ()) == tools and _is_reply(final, call.reply):
             ids = without_end(tokenizer, call.sampled_ids)
-            if tokenizer.decode(ids, skip_special=True) != (call.reply["content"] or ""):
+            # The reply is what was sampled, behind what the call itself had gone on from.
+            if not (call.reply["content"] or "").endswith(tokenizer.decode(ids, skip_special=True)):
                 continue  # a stop string hid the end of it
             # Without the end that it had, it is no longer that call.
             return Prompt([*call.prompt_ids, *ids], index if len(ids) == len(call.sampled_ids) else None)

@@ -335,7 +335,8 @@ def _check_bounds(schema: dict) -> None:
         ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), 1),
         ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -1),
     ):
-        bounds = {key: sign * schema[key] for key in (excluded, *others) if isinstance(schema.get(key), (int, float))}
+        # Draft 4's bounds that are true or false are enforced.
+        bounds = {key: sign * schema[key] for key in (excluded, *others) if type(schema.get(key)) in (int, float)}
         bound = bounds.pop(excluded, -1)
         if bound >= 0 and bound % 1 == 0 and any(other < bound + 1 for other in bounds.values()):
             raise ValueError(

@@ -26,8 +26,12 @@ Family = Literal["hermes", "llama3", "mistral"]
 TOOL_MARKERS = frozenset({"<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]"})
 
 _BLOCK = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
-# The same where the end is not in a string of its JSON.
-_JSON_BLOCK = re.compile(r'<tool_call>([^"]*?(?:"(?:[^"\\]|\\.)*"[^"]*?)*?)</tool_call>', re.DOTALL)
+# The same where the end is not in a string of its JSON. It is looked for so many characters behind the first end: long
+# replies are seen again and again.
+_JSON_BLOCK = re.compile(
+    r'<tool_call>((?:[^"<]++|<(?!/tool_call>)|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+)</tool_call>', re.DOTALL
+)
+_FARTHEST_END = 1 << 15
 
 
 def family_of(tokenizer: Tokenizer) -> Family:
@@ -290,8 +294,9 @@ def _split_hermes(text: str, final: bool) -> tuple[_Parts, str, bool]:
     parts: _Parts = []
     position = 0
     while block := _BLOCK.search(text, position):
-        whole = _JSON_BLOCK.match(text, block.start())
-        if whole is None and not final:
+        farthest = block.end() + _FARTHEST_END
+        whole = _JSON_BLOCK.match(text, block.start(), farthest)
+        if whole is None and not final and len(text) < farthest:
             break  # its end is in a string so far
         value = _load(whole[1].strip()) if whole else None
         calls = [_as_call(item) for item in (value if isinstance(value, list) else [value])]

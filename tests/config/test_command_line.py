@@ -183,6 +183,30 @@ def test_a_flag_takes_true_and_false_as_a_yaml_file_does(program, written, value
     assert settings(program(f"--config.logging.tensorboard={written}"))["logging"]["tensorboard"] is value
 
 
+def test_what_a_file_makes_of_a_setting_follows_its_flag(program, tmp_path):
+    (tmp_path / "follows.py").write_text(
+        CONFIG.replace(
+            "return", "config.algorithm.warmup_steps = config.runtime.get_ref('total_steps') // 10\n    return"
+        )
+    )
+    done = settings(program("--config=follows.py", "--config.runtime.total_steps=1000"))
+    assert (done["runtime"]["total_steps"], done["algorithm"]["warmup_steps"]) == (1000, 100)
+    (tmp_path / "required.py").write_text(
+        "from ml_collections import config_dict\n\n\ndef get_config():\n"
+        "    return config_dict.ConfigDict({'seed': config_dict.placeholder(int), 'runtime': {'epochs': 2}})\n"
+    )
+    done = settings(program("--config=required.py", "--config.seed=3", "--config.runtime.epochs=4"))
+    assert (done["seed"], done["runtime"]["epochs"]) == (3, 4)
+
+
+def test_a_flagfiles_flags_count_as_flags(program, tmp_path):
+    (tmp_path / "flags.txt").write_text("--config.seed=9\n--config.algorithm.learning_rate=1e-3\n")
+    (tmp_path / "s.yaml").write_text("seed: 11\n")
+    given = ("--flagfile=flags.txt", "--server_config=s.yaml")
+    done = settings(program(*given, environ={"LIGHTNING_LEARNING_RATE": "2e-3"}))
+    assert (done["seed"], done["algorithm"]["learning_rate"]) == (9, 1e-3)
+
+
 def test_flags_without_a_value_and_repeated_ones(program):
     flags = ("--config.algorithm.filter_groups", "rest", "--config.seed=1", "-config.seed", "2")
     done = program(*flags, "--config.logging.tensorboard", "--noconfig.logging.tensorboard")

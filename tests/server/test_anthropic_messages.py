@@ -1,5 +1,7 @@
 """Messages, as the anthropic package sees them."""
 
+import itertools
+
 import anthropic
 import pytest
 from anthropic.types import Message
@@ -206,6 +208,27 @@ def test_prefill(client, serving):
         create(agent, messages=[*USER, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}])
     (record,) = serving.finish(job, leases, ids)
     assert [call.parent for call in record.calls] == [None, 0] and record.calls[0].reply["content"] == text
+
+
+def test_a_prefilled_reply_goes_on_and_on(serving):
+    """Each call extends the one before to the token, wherever `max_tokens` cut it."""
+    job, leases, ids = serving.open()
+    with anthropic.Anthropic(base_url=serving.model_api(leases[0]), api_key="x", max_retries=0) as agent:
+        text = "One, two"
+        for _ in range(4):
+            text += (
+                create(agent, messages=[*USER, {"role": "assistant", "content": text}], max_tokens=5).content[0].text
+            )
+    (record,) = serving.finish(job, leases, ids)
+    assert [call.parent for call in record.calls] == [None, 0, 1, 2]
+    for earlier, call in itertools.pairwise(record.calls):
+        assert call.prompt_ids.tolist() == [*earlier.prompt_ids, *earlier.sampled_ids]
+
+
+def test_an_empty_system_message_behind_a_reply_makes_it_no_prefill(client, serving):
+    messages = [*USER, {"role": "assistant", "content": "Four."}]
+    reply = create(client, messages=[*messages, {"role": "system", "content": ""}])
+    assert serving.policy.tokenizer.decode(reply.prompt_token_ids).endswith("Four.<|end|><|assistant|>")
 
 
 def test_what_changes_nothing_is_accepted(client):

@@ -278,6 +278,14 @@ def test_bounds_that_cannot_be_enforced(guides, bounds):
     guide.json_schema({"enum": [bounds], "default": bounds})
 
 
+def test_bounds_that_are_true_or_false(tokenizers, guides):
+    """As JSON Schema's draft 4 and OpenAPI 3.0 write them."""
+    bounds = {"type": "number", "minimum": 0, "maximum": 1, "exclusiveMinimum": True, "exclusiveMaximum": False}
+    grammar = guides["tiny"].json_schema(bounds)
+    taken = [number for number in ("0", "0.5", "1", "1.5") if takes_json(tokenizers["tiny"], grammar, number)]
+    assert taken == ["0.5", "1"]
+
+
 @pytest.mark.parametrize(
     "bounds",
     [

@@ -152,6 +152,18 @@ def test_a_reply_in_pieces_is_the_reply_as_a_whole(family, data, text):
     assert beside == whole[0] if not whole[1] else beside.rstrip() == whole[0]
 
 
+def test_the_end_of_a_call_in_its_strings_is_not_looked_for_for_ever():
+    """32,768 characters on, whole and in pieces: a call beyond that is a text."""
+    for length, is_call in ((30_000, True), (33_000, False)):
+        text = '<tool_call>{"name": "f", "arguments": {"s": "</tool_call>' + length * "x" + '"}}</tool_call> one'
+        parser = ReplyParser("hermes")
+        for start in range(0, len(text), 1000):
+            parser.push(text[start : start + 1000])
+        parser.finish()
+        whole = parse_reply(text, "hermes")
+        assert (parser.content, len(parser.calls)) == (whole[0], len(whole[1])) and bool(whole[1]) == is_call
+
+
 @pytest.mark.parametrize(
     "family, pieces, shown",
     [
