@@ -105,6 +105,7 @@ class Worker:
             try:
                 return await awaitable
             finally:
+                await asyncio.sleep(0)  # the closing of async generators that were broken off last becomes tasks
                 left = asyncio.all_tasks() - {asyncio.current_task()}
                 for task in left:
                     task.cancel()

@@ -43,27 +43,41 @@ def tool(function: Callable | None = None, *, name: str | None = None) -> Callab
 
         @functools.wraps(function)
         async def wrapper(*args, **kwargs):
-            with _Use(tool_name, args, kwargs) as use:
-                use.output = []
-                async with contextlib.aclosing(function(*args, **kwargs)) as items:
-                    async for item in items:
-                        use.output.append(item)
-                        with use.paused():
-                            yield item
+            with _Use(tool_name, args, kwargs, output=[]) as use:
+                items = function(*args, **kwargs)
+                try:
+                    item = await anext(items)
+                    while True:
+                        try:
+                            with use.giving(item):
+                                sent = yield item
+                        except BaseException as error:
+                            item = await items.athrow(error)
+                        else:
+                            item = await items.asend(sent)
+                except StopAsyncIteration:
+                    return
 
     elif inspect.isgeneratorfunction(inner):
 
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            with _Use(tool_name, args, kwargs) as use:
-                use.output = []
-                with contextlib.closing(function(*args, **kwargs)) as items:
-                    for item in items:
-                        use.output.append(item)
-                        with use.paused():
-                            yield item
+            with _Use(tool_name, args, kwargs, output=[]) as use:
+                items = function(*args, **kwargs)
+                try:
+                    item = next(items)
+                    while True:
+                        try:
+                            with use.giving(item):
+                                sent = yield item
+                        except BaseException as error:
+                            item = items.throw(error)
+                        else:
+                            item = items.send(sent)
+                except StopIteration as end:
+                    return end.value
 
-    elif inspect.iscoroutinefunction(inner):
+    elif inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
         async def wrapper(*args, **kwargs):
@@ -86,9 +100,10 @@ def tool(function: Callable | None = None, *, name: str | None = None) -> Callab
 class _Use:
     """One call of a tool, told to the rollout's recorder and to the trace."""
 
-    def __init__(self, name: str, args: tuple, kwargs: dict):
+    def __init__(self, name: str, args: tuple, kwargs: dict, output: Any = None):
         self._name, self._arguments = name, {"args": args, "kwargs": kwargs}
-        self.output: Any = None
+        self._broken_off = False
+        self.output = output
 
     def __enter__(self) -> "_Use":
         self._recorder = recorder.current()
@@ -103,16 +118,21 @@ class _Use:
         self._inside.enter_context(recorder.inside_tool())
 
     @contextlib.contextmanager
-    def paused(self):
+    def giving(self, item: Any):
         """A generator's caller has its turn inside the block, and may go on, or end it, in another context."""
+        self.output.append(item)
+        self._broken_off = False
         self._inside.close()
         try:
             yield
+        except BaseException as error:  # an event loop closes it in a task, which may be cancelled: no GeneratorExit
+            self._broken_off = not isinstance(error, Exception)
+            raise
         finally:
             self._go_on()
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, GeneratorExit):  # what it gave was enough
+        if self._broken_off and not isinstance(error, Exception):  # what it gave was enough
             error = None
         self._inside.close()
         self._span.end(self.output, error)

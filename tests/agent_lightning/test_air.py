@@ -520,6 +520,103 @@ def test_a_generator_is_judged_by_how_it_ends(runtime):
     assert inspect.isgeneratorfunction(count) and inspect.isasyncgenfunction(count_async)
 
 
+def test_an_async_generator_that_is_broken_off_last_is_a_success_too(runtime):
+    """The loop closes it in a task of its own, which is cancelled when the agent has returned."""
+
+    @runtime.tool
+    async def count():
+        for i in range(5):
+            await asyncio.sleep(0)
+            yield i
+
+    @runtime.tool
+    async def give_up():
+        yield 0
+        raise asyncio.CancelledError
+
+    async def returns():
+        async for _ in count():
+            return
+
+    async def takes_one():
+        await anext(count())
+
+    async def is_cancelled():
+        async for _ in give_up():
+            pass
+
+    with rewards_by_tool() as rewards:
+        asyncio.run(returns())
+        asyncio.run(takes_one())
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(is_cancelled())
+    assert rewards == [("count", 0.3), ("count", 0.3)]
+
+
+async def agent_that_breaks_off_its_tool(resource, task):
+    from agent_lightning.runtime import tool
+
+    @tool
+    async def add():
+        yield 4
+        yield 5
+
+    converse(lambda name: "4", 1)
+    async for _ in add():
+        return 1.0
+
+
+def test_a_worker_hears_of_an_async_generator_that_is_broken_off_last(serving_tools, runtime):
+    runtime.set_config({"air_enabled": True})
+    (record,) = serving_tools.run(agent_that_breaks_off_its_tool, [{"question": "2+2?"}], nworkers=1)
+    assert rewards_of(record) == [0.3]
+
+
+def test_a_generator_can_be_sent_to_and_thrown_into_and_returns(runtime):
+    def echo():
+        """Gives what it gets, an error too, until it gets nothing."""
+        got = yield "begun"
+        while got:
+            try:
+                got = yield got
+            except ValueError as error:
+                got = str(error)
+        return "returned"
+
+    async def echo_async():
+        got = yield "begun"
+        while got:
+            try:
+                got = yield got
+            except ValueError as error:
+                got = str(error)
+
+    def use(generator):
+        assert (next(generator), generator.send("a"), generator.throw(ValueError("b"))) == ("begun", "a", "b")
+        return (yield from generator)
+
+    async def use_async(generator):
+        assert (await anext(generator), await generator.asend("a")) == ("begun", "a")
+        assert await generator.athrow(ValueError("b")) == "b"
+        with pytest.raises(StopAsyncIteration):
+            await anext(generator)
+
+    outputs = []
+    runtime.air.on_tool_success(lambda tool_name, output: outputs.append(output) or 0.3)
+    runtime.air.on_tool_failure(lambda tool_name, error: -0.2)
+    with rewards_by_tool() as rewards:
+        with pytest.raises(StopIteration) as end:
+            next(use(runtime.tool(echo)()))
+        asyncio.run(use_async(runtime.tool(echo_async)()))
+        thrown_into = runtime.tool(echo)()
+        next(thrown_into)
+        with pytest.raises(KeyError):
+            thrown_into.throw(KeyError("c"))
+    assert end.value.value == "returned"
+    assert rewards == [("echo", 0.3), ("echo_async", 0.3), ("echo", -0.2)]
+    assert outputs == [["begun", "a", "b"]] * 2
+
+
 def test_between_a_generators_items_its_caller_is_not_inside_of_it(runtime):
     @runtime.tool
     def count():
