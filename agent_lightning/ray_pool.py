@@ -19,7 +19,7 @@ from agent_lightning.agent_source import pack_agent
 from agent_lightning.exceptions import InvalidConfigError, TrainingError
 from agent_lightning.leases import ENDED_JOB
 from agent_lightning.loopback import loopback_host
-from agent_lightning.pool import Pool, PoolStatus
+from agent_lightning.pool import FAILED_STARTS, Pool, PoolStatus
 
 CHECK_S = 0.5  # how often the pools are asked how they are
 EXIT_S = 10.0  # how long they may take to end their workers
@@ -57,11 +57,12 @@ class RayPool:
         self._nworkers = nworkers
         self._members: dict = {}  # what a pool's run will return -> its actor and worker ids
         self._counts = dict.fromkeys(("succeeded", "failed", "crashed", "timed_out"), 0)  # of nodes that are gone
+        self._failed_starts = 0  # in a row, of pools that ended before they said how they are
         self._status = PoolStatus("unknown", nworkers, 0, 0, 0, 0, 0, 0)
         self._stopped = threading.Event()
 
     def run(self, on_status: Callable[[PoolStatus], None] | None = None) -> str:
-        """As `Pool.run`; a node's pool that fails of the agent or of the server fails the whole."""
+        """As `Pool.run`; a node's pool that fails of the agent or of the server, or cannot be made, fails the whole."""
         ray = self._ray
         try:
             self._start(list(range(self._nworkers)))
@@ -106,7 +107,10 @@ class RayPool:
             job_status = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise getattr(error, "cause", None) or error from None
-        except self._ray.exceptions.RayActorError:
+        except self._ray.exceptions.RayActorError as error:
+            self._failed_starts += member["status"] is None
+            if self._failed_starts >= FAILED_STARTS:
+                raise TrainingError(f"a pool could not be started on a node: {error}") from None
             self._count(member["status"])
             time.sleep(CHECK_S)  # until Ray knows the node for dead
             self._start(member["worker_ids"])
@@ -122,10 +126,14 @@ class RayPool:
         asked = {member["actor"].status.remote(): member for member in self._members.values()}
         answered, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_S) if asked else ([], [])
         for reference in answered:
+            member = asked[reference]
             try:
-                asked[reference]["status"] = self._ray.get(reference)
+                status = self._ray.get(reference)
             except self._ray.exceptions.RayError:  # its end will be seen in `run`
                 continue
+            if member["status"] is None:
+                self._failed_starts = 0
+            member["status"] = status
         seen = [member["status"] for member in self._members.values() if member["status"] is not None]
         states = [status.job_status for status in seen]
         before = self._status

@@ -121,8 +121,17 @@ class Policies(Mapping[str, Policy]):
         return checkpoint.all_steps(self.checkpoint_dir)
 
     def find_checkpoint(self, name: str) -> pathlib.Path:
-        """The checkpoint that `latest`, `best`, `step-N` or a path names. Raises InvalidConfigError."""
-        return checkpoint.resolve(self.checkpoint_dir, name)
+        """The checkpoint that `latest`, `best`, `step-N` or a path, also of a model's part of it, names.
+
+        Raises:
+            InvalidConfigError: there is none of that name, or it is another run's.
+        """
+        return checkpoint.resolve(self.checkpoint_dir, self.split_part(name)[0])
+
+    def split_part(self, name: str) -> tuple[str, str | None]:
+        """A checkpoint's name and the model whose part of it that is, as in a result of several models, or None."""
+        above, _, last = name.rstrip("/").rpartition("/")
+        return (above, last) if above and len(self) > 1 and last in self else (name, None)
 
     @contextlib.contextmanager
     def sampling_from(self, path: pathlib.Path):

@@ -430,10 +430,10 @@ class _Run:
     def _result(self) -> dict[str, Any]:
         """The job's result, also written to `result.json`."""
         best = self._best_checkpoint()
-        paths = self.policies.checkpoints()
-        kept = [str(path) for path in paths if checkpoint.step_of(path) > self.history.start_step]
+        start_step = self.history.start_step
+        paths = [path for path in self.policies.checkpoints() if checkpoint.step_of(path) > start_step]
         result = self.history.result(self.policies.step) | {
-            "checkpoints": kept,
+            "checkpoints": [str(path) for path in paths],
             "best_checkpoint": None if best is None else str(best),
         }
         if len(self.policies) > 1:

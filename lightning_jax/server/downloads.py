@@ -84,16 +84,20 @@ class Exports:
             checkpoint: as `rl.checkpoint.resolve` takes it, or "initial"; "latest" is "initial" before the first one.
 
         Raises:
-            InvalidConfigError: there is no such model, checkpoint or format, or a package that the format needs.
+            InvalidConfigError: there is no such model, checkpoint or format, or a package that the format needs; or
+                `checkpoint` names another model's part.
         """
         if format not in FORMATS:
             raise InvalidConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
         if format == "onnx":
             onnx_export.check_available()
-        above, _, last = checkpoint.rstrip("/").rpartition("/")
-        if model is None and above and len(self._policies) > 1 and last in self._policies:
-            checkpoint, model = above, last  # as a result of several models names each one's part
-        policy = self._policy(model)
+        checkpoint, part = self._policies.split_part(checkpoint)
+        policy = self._policy(part if model is None else model)
+        if part not in (None, policy.name):
+            raise InvalidConfigError(
+                f"{checkpoint}/{part} is not of the model {policy.name!r}",
+                hint=f"give {checkpoint}, or leave out the model",
+            )
         path = self._resolve(checkpoint)
         if format == "peft" and (path is None or not policy.trainable.lora_rank):
             raise InvalidConfigError(

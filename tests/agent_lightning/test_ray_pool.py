@@ -79,6 +79,19 @@ def test_an_agent_that_cannot_be_loaded_ends_it_with_the_reason(cluster, served,
         RayPool(cluster.address, served.url, job_id, str(script), 1).run()
 
 
+def test_a_node_where_no_pool_can_be_made_ends_it_with_the_reason(cluster, served):
+    """As where another version of the package is installed, or none."""
+    from agent_lightning import TrainingError
+
+    job_id, _ = served.open_job([{"x": 1}])
+    pool = RayPool(cluster.address, served.url, job_id, ask, 1, setting_of_another_version=1)
+    give_up = threading.Timer(60, pool.stop)
+    give_up.start()
+    with pytest.raises(TrainingError, match="(?s)could not be started on a node: .*'setting_of_another_version'"):
+        pool.run()
+    give_up.cancel()
+
+
 def test_a_client_runs_its_agents_there(cluster, client):
     there = Client(client.server_url, ray_address=cluster.address)
     result = there.evaluate(ask, data_id="sums", nworkers=-1)

@@ -174,6 +174,8 @@ def test_of_several_models_each_has_its_own(start, random_model, tool_model, tmp
         ({"model": "answer"}, answer),
         ({"model": "2", "checkpoint": "initial"}, answer),
         ({"checkpoint": part}, answer),
+        ({"checkpoint": part, "model": "answer"}, answer),
+        ({"checkpoint": part, "model": "2"}, answer),
     ]
     with Client(two.url) as client:
         for number, (options, expected) in enumerate(asked):
@@ -183,6 +185,8 @@ def test_of_several_models_each_has_its_own(start, random_model, tool_model, tmp
         assert (folder / "tokenizer.json").read_bytes() == (tool_model / "tokenizer.json").read_bytes()
         with pytest.raises(InvalidConfigError, match="query, answer"):
             client.download_model(tmp_path / "none", model="judge")
+        with pytest.raises(InvalidConfigError, match="step-0/answer is not of the model 'query'"):
+            client.download_model(tmp_path / "none", part, model="query")
 
         job, (lease,), ids = two.open()
         body = {"messages": [{"role": "user", "content": "2+2?"}], "max_tokens": 20}

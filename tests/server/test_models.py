@@ -190,8 +190,8 @@ def said(url: str) -> dict[str, list]:
     return {name: [(t.token, t.logprob) for t in r.choices[0].logprobs.content] for name, r in replies.items()}
 
 
-def run_as_far_as(total_steps, config, then=lambda policies, url: None) -> tuple[dict, dict]:
-    """Runs the job to there in a program's parts of its own; the result, and each model's version and state."""
+def run_as_far_as(total_steps, config, then=lambda policies, url: None, job_id="job") -> tuple[dict, dict]:
+    """Runs a job to there in a program's parts of its own; the result, and each model's version and state."""
     with contextlib.ExitStack() as stack:
         policies = stack.enter_context(contextlib.closing(Policies(config)))
         store = stack.enter_context(contextlib.closing(Store(f"{config.workdir}/store.sqlite3")))
@@ -200,11 +200,11 @@ def run_as_far_as(total_steps, config, then=lambda policies, url: None) -> tuple
         app = server.create_app(config=config, policies=policies, store=store, jobs=jobs)
         running = server.RunningServer(app, server.bind("127.0.0.1", 0))
         stack.callback(running.stop)
-        jobs.submit({"kind": "train", "data_id": "d", "batch_size": 1, "total_steps": total_steps}, "job")
-        assert Pool(running.url, "job", lengths, 2).run() == "succeeded", store.job("job")["traceback"]
+        jobs.submit({"kind": "train", "data_id": "d", "batch_size": 1, "total_steps": total_steps}, job_id)
+        assert Pool(running.url, job_id, lengths, 2).run() == "succeeded", store.job(job_id)["traceback"]
         then(policies, running.url)
         states = {name: (policy.version, jax.tree.map(np.array, policy.state)) for name, policy in policies.items()}
-        return store.job("job")["result"], states
+        return store.job(job_id)["result"], states
 
 
 def same(one, other) -> bool:
@@ -242,7 +242,9 @@ def test_each_learns_from_its_own_calls_and_both_go_on_from_one_checkpoint(folde
 
     def look_back(policies, url):
         now = said(url)
-        with policies.sampling_from(policies.find_checkpoint("step-1")):
+        first = policies.find_checkpoint("step-1")
+        assert policies.find_checkpoint(f"{first}/answer") == first
+        with policies.sampling_from(first):
             assert said(url) == at_first and {policy.version for policy in policies.values()} == {1}
         assert said(url) == now and all(now[name] != at_first[name] for name in now)
         with contextlib.closing(Client(url)) as client:
@@ -265,3 +267,12 @@ def test_each_learns_from_its_own_calls_and_both_go_on_from_one_checkpoint(folde
     for name in folders:
         assert same(resumed[name][1], straight[name][1]), "to the last bit"
     assert curve(config.workdir) == curve(straight_config.workdir)
+
+
+def test_a_result_lists_the_checkpoints_of_its_own_job(folders, tmp_path):
+    config = settings(folders, tmp_path / "run", **SMALL)
+    run_as_far_as(1, config)
+    result, _ = run_as_far_as(1, config, job_id="next")
+    (path,) = result["checkpoints"]
+    assert path.endswith("/step-2")
+    assert result["model_checkpoints"] == {name: [f"{path}/{name}"] for name in folders}
