@@ -42,7 +42,7 @@ class History:
         time_s: seconds spent, over all restarts.
         tokens: tokens sampled in training rollouts.
         sample_s: seconds spent waiting for training rollouts.
-        logprob_diff: mean |sampler - learner| log-prob of the newest update.
+        logprob_diff: mean |sampler - learner| log-prob of the newest update; None where it had nothing to compare.
         failed: training rollouts that failed.
         first_failure: what the first of them failed of, see `outcomes.first_failure`.
     """
@@ -53,7 +53,7 @@ class History:
     time_s: float = 0.0
     tokens: int = 0
     sample_s: float = 0.0
-    logprob_diff: float = 0.0
+    logprob_diff: float | None = None
     failed: int = 0
     first_failure: str | None = None
 

@@ -50,7 +50,7 @@ METRICS = {
     "critic/grad_norm": "as `policy/grad_norm`, like the two below",
     "critic/learning_rate": "of the last optimizer step",
     "critic/skipped_steps": "optimizer steps that were left out",
-    "train/tokens": "tokens that went through the learner, prompts and observations included",
+    "train/tokens": "tokens that the learner computed in a pass, prompts and observations included, shared ones once",
     "train/sampled_tokens": "those of them that were sampled, and are learned from",
     "train/padding_fraction": "places of the learner's batches that hold nothing",
     "train/tokens_per_s": "`train/tokens` over `time/train_s`",

@@ -155,6 +155,7 @@ class Policy:
         spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
         devices = 1 if self._mesh is None else self._mesh.size
         learner, algorithm = self._learner.settings, algorithms.settings_of(self._settings)
+        are_scored = algorithm.needs_scores or learner.epochs * learner.optimizer_steps > 1
         flops = utilization.update_flops(
             self.config,
             trained_tokens,
@@ -162,7 +163,7 @@ class Policy:
             only_adapters=self.trainable.lora_rank > 0,
             epochs=learner.epochs,
             has_critic=learner.critic == "copy",
-            forwards=algorithm.needs_scores * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
+            forwards=are_scored * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
         )
         share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices)
         return utilization.cache_metrics(spent) | share.metrics(spent, flops, sample_s, train_s)

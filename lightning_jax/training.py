@@ -217,7 +217,7 @@ class _Run:
         self.history.train_rewards.append(outcomes.mean(return_n))
         self.history.tokens += tokens
         self.history.sample_s += sampling_s
-        self.history.logprob_diff = max((d for d in differences if d is not None), default=self.history.logprob_diff)
+        self.history.logprob_diff = max((d for d in differences if d is not None), default=None)
         row = outcomes.rollout_metrics(records, return_n, group_n)
         row |= outcomes.source_metrics(return_n, [tasks[record.group].source for record in records])
         row |= outcomes.staleness_metrics([call for record in records for call in record.calls], version)

@@ -211,12 +211,11 @@ class Learner:
             if skipped := metrics.get(f"{name}/skipped_steps"):
                 _log.warning("%d optimizer steps of the %s skipped: the gradient was not finite", skipped, name)
 
-        tokens = sum(len(row) for row in rows)
-        filled = [batch.segment_bt > 0 for batches in steps for batch in batches]
+        filled = np.concatenate([batch.segment_bt > 0 for batches in steps for batch in batches])
         return metrics | {
-            "train/tokens": tokens,
+            "train/tokens": int(filled.sum()),
             "train/sampled_tokens": sum(int(row.loss_mask.sum()) for row in rows),
-            "train/padding_fraction": 1 - float(np.mean(np.concatenate(filled))),
+            "train/padding_fraction": 1 - float(np.mean(filled)),
         }
 
     def _divide(self, rows: Sequence[Row], advantage_n: np.ndarray) -> list[list[Batch]]:

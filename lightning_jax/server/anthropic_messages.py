@@ -50,7 +50,7 @@ class MessagesRequest(pydantic.BaseModel):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     temperature: float | None = pydantic.Field(None, ge=0, le=2)
-    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    top_p: float | None = pydantic.Field(None, ge=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=-1)
     stop_sequences: list[str] | None = None
     output_config: dict[str, Any] | None = None

@@ -44,7 +44,7 @@ class ResponsesRequest(pydantic.BaseModel):
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     temperature: float | None = pydantic.Field(None, ge=0, le=2)
-    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    top_p: float | None = pydantic.Field(None, ge=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=-1)
     top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     max_output_tokens: int | None = pydantic.Field(None, ge=1)

@@ -56,7 +56,7 @@ class SamplingBody(pydantic.BaseModel):
     model: str | None = None
     n: int | None = pydantic.Field(None, ge=1, le=128)
     temperature: float | None = pydantic.Field(None, ge=0, le=2)
-    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    top_p: float | None = pydantic.Field(None, ge=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=-1)
     presence_penalty: float | None = pydantic.Field(None, ge=-2, le=2)
     frequency_penalty: float | None = pydantic.Field(None, ge=-2, le=2)

@@ -89,6 +89,7 @@ def test_a_learner_shares_and_its_scores_are_each_rows_own(config, params, group
     places = sum(batch.token_bt.size for batch in learner._divide(grouped, advantages)[0])
     filled = sum(map(len, grouped)) - 3 * 19 - 3 * 6
     np.testing.assert_allclose(metrics["train/padding_fraction"], 1 - filled / places, rtol=1e-6)
+    assert metrics["train/tokens"] == filled
 
 
 def test_cudnns_call_sees_the_same(config, grouped, advantages):

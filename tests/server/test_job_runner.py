@@ -436,6 +436,28 @@ def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config
     policies.close()
 
 
+def test_a_result_says_of_the_newest_update_whether_it_could_compare(config, store):
+    """The second update's tokens are of other distributions than the learner's."""
+
+    def reward(lease):
+        attempt = store.attempt_by_token(lease["token"])
+        is_constrained = lease["metadata"]["step"] == 2
+        store.record_call(attempt, CallRecord([1, 2, 3], [4, 5], [-5.5, -5.5], constrained=is_constrained))
+        return random.random()
+
+    store.put_dataset("untested", "train", TASKS)
+    policies = Policies(config)
+    runner = JobRunner(policies, store, config)
+    for is_known in (True, False):
+        spec = {"kind": "train", "data_id": "untested", "total_steps": 1, "batch_size": 2}
+        job = runner.submit(spec)
+        with Pool(store, job, reward, calls=False):
+            wait_for(lambda job=job: status(store, job) in ("succeeded", "failed"))
+        assert (store.job(job)["result"]["sampler_learner_logprob_diff"] is not None) == is_known
+    runner.close()
+    policies.close()
+
+
 def test_fewer_steps_than_were_made_change_nothing(config, store):
     for total_steps in (3, 2):
         policies = Policies(config)

@@ -57,7 +57,8 @@ def test_seed_temperature_and_n(client):
     assert unseeded[0] != unseeded[1], "the root samples at temperature 1 unless asked otherwise"
     greedy = create(client, temperature=0, n=2)
     assert greedy.choices[0].token_ids == greedy.choices[1].token_ids
-    assert create(client, top_p=1e-6).choices[0].token_ids == greedy.choices[0].token_ids
+    for top_p in (0, 1e-6):
+        assert create(client, top_p=top_p).choices[0].token_ids == greedy.choices[0].token_ids
     assert create(client, extra_body={"top_k": 1, "return_token_ids": True}).choices[0].token_ids == (
         greedy.choices[0].token_ids
     )
