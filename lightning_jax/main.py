@@ -157,6 +157,7 @@ def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes
 
 def follow(config: ml_collections.ConfigDict, follower: processes.Follower) -> None:
     """Does what process 0 does on the devices, until that process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may reach all processes at once, and process 0 decides
     with contextlib.closing(Policies(config)) as policies:
         if config.mode != "plan":
             follower.follow(policies)
@@ -341,8 +342,10 @@ def _summary(config: ml_collections.ConfigDict, result: dict[str, Any]) -> str:
     if result["eval_reward_before"] is not None:
         before, after = result["eval_reward_before"], result["eval_reward_after"]
         lines.append(f"held-out reward             {before:.3f} before, {after:.3f} after")
+    difference = result["sampler_learner_logprob_diff"]
+    compared = "nothing compared" if difference is None else f"{difference:.1e} (mean |log-prob|)"
     lines += [
-        f"sampler/learner difference  {result['sampler_learner_logprob_diff']:.1e} (mean |log-prob|)",
+        f"sampler/learner difference  {compared}",
         f"sampled                     {result['tokens_per_s']:,.0f} tokens/s",
         f"checkpoint                  {result['checkpoints'][-1] if result['checkpoints'] else 'none'}",
         f"curves                      {pathlib.Path(config.workdir) / 'metrics.jsonl'}",

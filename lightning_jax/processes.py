@@ -28,6 +28,7 @@ from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 
 _PATIENCE_S = 60.0  # after one process failed, for the others to come to an end of what they do together
 _ADDRESS_BYTES = 256
+_HINT = "set distributed.coordinator (HOST:PORT of process 0), num_processes and process_id"
 
 
 class Leader:
@@ -38,7 +39,7 @@ class Leader:
         self._connections = connections
         self._closed = False
         self._words: queue.Queue[tuple[int, str | None]] = queue.Queue()
-        self._last_wait: threading.Timer | None = None
+        self._last_waits: dict[int, threading.Timer] = {}  # by the process that failed
         for number, connection in connections.items():
             threading.Thread(target=self._listen, args=(number, connection), daemon=True).start()
 
@@ -82,8 +83,8 @@ class Leader:
             words = [self._words.get(timeout=None if failure is None else _PATIENCE_S) for _ in self._connections]
         except queue.Empty:
             _end(f"{name} failed in process 0 while others wait in it: {failure!r}")
-        if self._last_wait is not None:
-            self._last_wait.cancel()
+        for wait in self._last_waits.values():
+            wait.cancel()
         for number, word in words:
             if (word is None) != (failure is None) and not isinstance(failure, AgentLightningError):
                 _end(f"{name} failed in process {number if word else 0} alone: {word or repr(failure)}")
@@ -94,9 +95,10 @@ class Leader:
             while True:
                 word = connection.recv()
                 if word is not None:  # the device thread may wait in a collective of which that process has no part now
-                    self._last_wait = threading.Timer(_PATIENCE_S, _end, [f"process {number} failed: {word}"])
-                    self._last_wait.daemon = True
-                    self._last_wait.start()
+                    wait = threading.Timer(_PATIENCE_S, _end, [f"process {number} failed: {word}"])
+                    wait.daemon = True
+                    wait.start()
+                    self._last_waits[number] = wait
                 self._words.put((number, word))
         except (EOFError, OSError):
             if not self._closed:
@@ -147,6 +149,7 @@ def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
     Raises:
         InvalidConfigError: the others cannot be found.
     """
+    _check(settings)
     if not settings.coordinator:
         return None
     # On CPU: programs one after the other, for what they exchange is matched up by order alone.
@@ -161,14 +164,30 @@ def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=10)
     except (ValueError, RuntimeError) as error:
-        raise InvalidConfigError(
-            f"this process cannot join the others: {error}",
-            hint="set distributed.coordinator (HOST:PORT of process 0), num_processes and process_id",
-        ) from error
+        raise InvalidConfigError(f"this process cannot join the others: {error}", hint=_HINT) from error
     if jax.process_count() == 1:
         return None
     host = socket.gethostbyname(socket.gethostname()) if not given else settings.coordinator.rpartition(":")[0]
     return _lead(host) if jax.process_index() == 0 else _connect()
+
+
+def _check(settings: ml_collections.ConfigDict) -> None:
+    """Raises InvalidConfigError for settings that JAX ignores, or that end the process inside of it."""
+    if not settings.coordinator and (settings.num_processes > 1 or settings.process_id > 0):
+        raise InvalidConfigError("distributed.num_processes and process_id need a distributed.coordinator", hint=_HINT)
+    if settings.coordinator in ("", "auto"):
+        return
+    host, _, port = settings.coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        problem = f"distributed.coordinator must be HOST:PORT, not {settings.coordinator!r}"
+        raise InvalidConfigError(problem, hint=_HINT)
+    if settings.process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            problem = f"process 0 cannot listen on port {port}: {error.strerror}"
+            raise InvalidConfigError(problem, hint=_HINT) from error
+        print(f"waiting for the other processes at {settings.coordinator}", file=sys.stderr, flush=True)
 
 
 def _lead(host: str) -> Leader:

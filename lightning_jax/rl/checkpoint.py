@@ -247,8 +247,12 @@ def _check_shapes(found: Path, abstract_params: Any, item: str = "params", part:
 
 
 def _restore(found: Path, **items: Any) -> Any:
+    # Each process reads by itself: Orbax would wait for all others, and exports are process 0's alone.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(found, args=ocp.args.Composite(**items))
     except (ValueError, KeyError) as error:
         raise InvalidConfigError(

@@ -1,13 +1,20 @@
 """Two processes with half of the devices each run the job that one process with all of them runs, or end together."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
+import lightning_jax.processes
+from agent_lightning import Client
+from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import config
+from lightning_jax.rl import checkpoint
 from tests.end_to_end import runs
 
 SMALL = (
@@ -55,6 +62,38 @@ def test_two_processes_run_the_job_of_one(tmp_path, monkeypatch):
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_an_interrupt_of_both_loses_nothing_and_its_checkpoint_is_evaluated_and_downloaded(tmp_path):
+    workdir = tmp_path / "run"
+    both = processes(runs.command(workdir, *SMALL, "--config.runtime.total_steps=50"), 1)
+    while not runs.metrics(workdir) and both[0].poll() is None:
+        time.sleep(0.02)
+    for process in both:  # as a terminal or a launcher does
+        process.send_signal(signal.SIGINT)
+    outputs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n\n".join(outputs)
+    step = runs.metrics(workdir)[-1]["step"]
+    assert 0 < step < 12, "before the first checkpoint"
+    assert checkpoint.latest(workdir / "checkpoints").name == f"step-{step}"
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serving = ("--config.mode=serve", f"--config.server.port={port}", "--config.runtime.total_steps=50")
+    both = processes(runs.command(workdir, *SMALL, *serving), 1)
+    tasks = tmp_path / "test.jsonl"
+    tasks.write_text('{"question": "1+2", "ground_truth": "3"}\n')
+    try:
+        with Client(f"http://127.0.0.1:{port}", max_retries=20, timeout=60) as client:
+            folder = client.download_model(tmp_path / "model")
+            assert (folder / "model.safetensors").exists()
+            agent = str(runs.ROOT / "scripts/agents/additions.py")
+            assert client.evaluate(agent, str(tasks), "latest", nworkers=1).step == step
+    finally:
+        both[0].send_signal(signal.SIGINT)
+        outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n\n".join(outputs)
+    assert f"continuing behind step {step}" in outputs[0]
+
+
 FAILING = """
 import os, sys, threading, time
 import jax
@@ -97,3 +136,49 @@ def test_processes_end_together(case, codes, said):
     assert [process.returncode for process in both] == codes, "\n\n".join(outputs)
     assert "told of: all alike" in outputs[0] or case == "leader_is_killed"
     assert said in "".join(outputs)
+
+
+HANDLED = """
+import multiprocessing, threading, time
+from lightning_jax import processes
+from agent_lightning.exceptions import TrainingError
+from tests.end_to_end import failing
+
+processes._PATIENCE_S = 1.0
+pipes = {number: multiprocessing.Pipe() for number in (1, 2)}
+for _, theirs in pipes.values():
+    threading.Thread(target=processes.Follower(theirs).follow, args=["target"]).start()
+leader = processes.Leader({number: ours for number, (ours, _) in pipes.items()})
+try:
+    leader.run(failing.everywhere, "target")
+except TrainingError:
+    time.sleep(2.0)
+leader.close()
+"""
+
+
+def test_an_error_that_all_had_alike_ends_nobody_later():
+    done = subprocess.run([sys.executable, "-c", HANDLED], cwd=runs.ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "coordinator, num_processes, process_id, said",
+    [
+        ("localhost", 2, 0, "distributed.coordinator must be HOST:PORT, not 'localhost'"),
+        ("localhost:abc", 2, 1, "distributed.coordinator must be HOST:PORT, not 'localhost:abc'"),
+        ("localhost:99999", 2, 0, "distributed.coordinator must be HOST:PORT, not 'localhost:99999'"),
+        ("localhost:{taken}", 2, 0, "process 0 cannot listen on port {taken}: Address already in use"),
+        ("", 2, -1, "distributed.num_processes and process_id need a distributed.coordinator"),
+        ("", 0, 1, "distributed.num_processes and process_id need a distributed.coordinator"),
+    ],
+)
+def test_settings_that_processes_cannot_meet_by(coordinator, num_processes, process_id, said):
+    settings = config.default_config().distributed
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        settings.coordinator = coordinator.format(taken=taken)
+        settings.num_processes, settings.process_id = num_processes, process_id
+        with pytest.raises(InvalidConfigError, match=said.format(taken=taken)) as error:
+            lightning_jax.processes.join(settings)
+    assert "HOST:PORT of process 0" in error.value.hint
