@@ -172,9 +172,10 @@ def cut_at_stop(text: str, stop: Sequence[str], early: int = 0) -> tuple[str, st
     One that ends within the first `early` characters is none.
     """
     found = [
-        (text.find(candidate, max(0, early + 1 - len(candidate))), -len(candidate), candidate) for candidate in stop
+        (position, -len(candidate), candidate)
+        for candidate in stop
+        if (position := text.find(candidate, max(0, early + 1 - len(candidate)))) >= 0
     ]
-    found = [place for place in found if place[0] >= 0]
     if not found:
         return text, None
     position, _, candidate = min(found)

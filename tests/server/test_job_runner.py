@@ -60,6 +60,13 @@ def wait_for(condition, timeout_s=60.0):
         time.sleep(0.01)
 
 
+def closing(runner) -> threading.Thread:
+    """Ends the runner from beside its job, which waits for that."""
+    thread = threading.Thread(target=runner.close)
+    thread.start()
+    return thread
+
+
 def unexplained(row):
     """Metrics that the documentation does not know."""
     meant = [re.sub("NAME|CAUSE", "[a-z0-9_.-]+", name) for name in METRICS]
@@ -356,9 +363,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(config, store):
         if metadata["step"] == 2 and metadata["mode"] == "train":
             runner.stop("train")
         elif metadata["step"] == 2:
-            closing = threading.Thread(target=runner.close)
-            closing.start()
-            ending.append(closing)
+            ending.append(closing(runner))
             wait_for(lambda: runner._stops["train"].now)
         return random.random() if metadata["mode"] == "train" else 0.5
 
@@ -396,9 +401,7 @@ def test_best_outlives_a_kill_behind_its_checkpoint_and_ends_with_its_job(config
 
     def killed_at_two(run):
         if run._has_checkpoint(2) and not ending:
-            closing = threading.Thread(target=runner.close)
-            closing.start()
-            ending.append(closing)
+            ending.append(closing(runner))
             wait_for(lambda: runner._stops["train"].now)
             raise training.Stopped
         mark_best(run)
