@@ -93,7 +93,7 @@ class Policies(Mapping[str, Policy]):
 
     def prepare_training(self) -> None:
         """Makes the learners, from the newest checkpoint of the work directory if there is one."""
-        if self.first.state is None:
+        if any(policy.state is None for policy in self.values()):
             self._run(Policies._make_learners)
 
     def update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:

@@ -253,6 +253,8 @@ class Policy:
         return self._settings.runtime.max_staleness > 0 and jax.process_count() == 1
 
     def make_learner(self) -> None:
+        if self._learner is not None:  # another model's could not be made
+            return
         settings = learner_settings(self._settings, self.dtype)
         options = {"mesh": self._mesh, "seed": self._settings.seed}
         if self._samples_while_learning:

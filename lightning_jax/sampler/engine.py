@@ -202,7 +202,9 @@ class Engine:
         """
         worked = self._take_in()
         worked |= self._prefill()
+        unread = len(self._rounds)
         members = self._plan_decode()
+        worked |= len(self._rounds) < unread  # it may have read what ended the last of them
         if members:
             self._decode(members)
             worked = True

@@ -278,14 +278,15 @@ class Scheduler:
         self.running[slot] = sequence
         sequence.slot = slot
         sequence.pages = [*shared, *new]
+        if sequence.policy_version is None:
+            sequence.policy_version = policy_version
+            if sequence.computed <= sequence.cached_tokens or sequence.epoch != self.epoch:  # else it finds its own
+                sequence.cached_tokens = num_cached
         sequence.computed = num_cached
         sequence.admitted_at = next(self._counter)
         sequence.epoch = self.epoch
         if sequence.shape is not None:
             sequence.shape.placed = False
-        if sequence.policy_version is None:
-            sequence.policy_version = policy_version
-            sequence.cached_tokens = num_cached
         self.page_table[slot] = 0
         self.page_table[slot, : len(sequence.pages)] = sequence.pages
         return True
@@ -390,14 +391,14 @@ class Scheduler:
     def _send_back(self, sequence: Sequence) -> None:
         self._release(sequence)
         if not sequence.logprobs:  # it has nothing of what it was admitted for
-            sequence.policy_version, sequence.cached_tokens = None, 0
+            sequence.policy_version = None
+            sequence.cached_tokens = min(sequence.cached_tokens, sequence.computed)
         self._preempted.appendleft(sequence)
         self._num_waiting += 1
 
     def _release(self, sequence: Sequence) -> None:
         while sequence.followers:
-            follower = sequence.followers[-1]
-            self._send_back(follower)
+            self._send_back(sequence.followers[-1])
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None

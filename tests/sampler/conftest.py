@@ -78,6 +78,7 @@ class Runner:
     def finish(self, limit: int = 10_000) -> dict[str, Completion]:
         for _ in range(limit):
             if not self.engine.step():
+                assert not self.engine.stats()["queue_length"], "nobody waits for an engine that does nothing"
                 return self.done
         raise AssertionError("the engine does not come to rest")
 

@@ -241,6 +241,20 @@ def test_cancel_while_waiting_prefilling_and_running(small, prompts):
     assert engine.stats()["free_pages"] == engine.stats()["num_pages"]
 
 
+def test_who_waits_for_pages_is_sampled_when_all_others_end_at_once(small, prompts):
+    """Two fill the pages, and end in the round that is read because one of them needs another page."""
+    engine = small.engine(num_pages=8, max_seq_len=96)
+    free = SamplingParams(max_tokens=40, ignore_eos=True)
+    members = {name: prompts[number][:30] for name, number in (("a", 2), ("b", 3), ("c", 5))}
+    alone = {name: run(engine, [(name, prompt, free)])[name].token_ids for name, prompt in members.items()}
+    for length in range(26, 36):
+        requests = []
+        for name, prompt in members.items():
+            stop = () if name == "c" else (alone[name][length],)
+            requests.append((name, prompt, dataclasses.replace(free, stop_ids=stop)))
+        assert run(engine, requests).keys() == members.keys()
+
+
 def test_turns_of_two_callers_alternate(small, prompts):
     engine = small.engine(max_slots=1)
     runner = Runner(engine)

@@ -200,6 +200,23 @@ def test_cancelling_the_one_that_others_wait_for_lets_the_next_one_compute(promp
     assert second.computed == 10 and scheduler.pool.available == 40
 
 
+def test_what_was_computed_before_being_sent_back_is_not_others_work():
+    scheduler = make()
+    first, second = sequence("a", [*range(9), 7]), sequence("b", [*range(8), 9, 9, 9, 9, 9])
+    for member in (first, second):
+        scheduler.add(member)
+        scheduler.admit(0)
+        for _ in scheduler.plan_prefill():
+            pass
+    assert scheduler.preempt() is second
+    scheduler.admit(1)
+    assert (second.policy_version, second.cached_tokens, second.computed) == (1, 8, 12)
+    scheduler.preempt()
+    scheduler.flush()
+    scheduler.admit(2)
+    assert (second.policy_version, second.cached_tokens, second.computed) == (2, 0, 0)
+
+
 def test_waiting_requests_are_admitted_in_turns_of_their_fairness_keys():
     scheduler = make(max_slots=4, num_pages=100)
     for i in range(10):

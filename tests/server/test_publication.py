@@ -80,6 +80,20 @@ def test_after_an_update_that_fails_requests_are_answered_as_before(start, plain
     assert ask(running, temperature=0) == call and running.policy.version == 0
 
 
+def test_a_learner_that_could_not_be_made_is_made_for_the_next_job(start, plain_model, monkeypatch):
+    policies = start({"one": plain_model, "two": plain_model}, **SMALL).policies
+
+    def no_room():
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(policies["two"], "make_learner", no_room)
+        with pytest.raises(MemoryError):
+            policies.prepare_training()
+    policies.prepare_training()
+    assert [policy.state.step for policy in policies.values()] == [0, 0]
+
+
 def test_a_checkpoint_that_does_not_fit_is_named(start, plain_model):
     running = start(plain_model, **SMALL)
     running.policies.prepare_training()
