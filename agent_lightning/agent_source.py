@@ -5,6 +5,7 @@ With it goes what `agent_lightning.runtime` was told in this process: settings, 
 
 import ast
 import base64
+import contextlib
 import dis
 import functools
 import inspect
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 import types
+import typing
 from collections.abc import Callable
 from importlib import util as importlib_util
 
@@ -35,7 +37,8 @@ def pack_agent(agent: Callable | str | os.PathLike) -> dict:
         InvalidConfigError: no such script, not callable, or it refers to something that cannot be pickled.
     """
     handlers = air.registered()
-    source = {"settings": worker_side.settings(), "sys_path": sys.path, "data": None}
+    sys_path = [entry for entry in sys.path if isinstance(entry, str)]  # Python passes over all others
+    source = {"settings": worker_side.settings(), "sys_path": sys_path, "data": None}
     if isinstance(agent, (str, os.PathLike)):
         path, function = split_script(os.fspath(agent))
         source |= {"kind": "script", "path": path, "function": function}
@@ -54,15 +57,38 @@ def unpack_agent(source: dict) -> tuple[Callable, dict[str, list[Callable]]]:
 
     Runs in the worker. Whatever loading raises is passed on.
     """
-    if source["kind"] == "pickle":
-        sys.path[:] = source["sys_path"]
-        agent, handlers = _unpickled(source["data"])
-        return ready_to_call(agent), handlers
-    agent = load_script(source["path"], source["function"])
-    if source["data"] is None:
-        return agent, {}
-    sys.path += [folder for folder in source["sys_path"] if folder not in sys.path]
-    return agent, _unpickled(source["data"])[1]
+    with _unpacking():
+        if source["kind"] == "pickle":
+            sys.path[:] = source["sys_path"]
+            agent, handlers = _unpickled(source["data"])
+            return ready_to_call(agent), handlers
+        agent = load_script(source["path"], source["function"])
+        if source["data"] is None:
+            return agent, {}
+        sys.path += [folder for folder in source["sys_path"] if folder not in sys.path]
+        return agent, _unpickled(source["data"])[1]
+
+
+def refuse_jobs_while_unpacking() -> None:
+    """Raises InvalidConfigError in a worker that is loading its agent: each worker would start workers, without end."""
+    if _is_unpacking:
+        raise InvalidConfigError(
+            "the agent's script starts a job whenever it is imported, as each worker does",
+            hint='put what starts it under `if __name__ == "__main__":`',
+        )
+
+
+_is_unpacking = False
+
+
+@contextlib.contextmanager
+def _unpacking():
+    global _is_unpacking
+    _is_unpacking = True
+    try:
+        yield
+    finally:
+        _is_unpacking = False
 
 
 # ---- by value ----
@@ -105,7 +131,7 @@ def _innermost(function):
 
 
 def _dumped(value) -> bytes:
-    """`(value, globals)` as cloudpickle does it, but for code and for __main__.
+    """`(value, globals)` as cloudpickle does it, but for code, caches and __main__.
 
     Code keeps the name of its file, which cloudpickle leaves out since 3.1.3: a traceback from a worker shows the
     agent's own lines, and `air.merge` knows copies of a handler by it. Functions of __main__ become functions of the
@@ -120,6 +146,10 @@ def _dumped(value) -> bytes:
         def reducer_override(self, obj):
             if isinstance(obj, types.CodeType) and obj.co_filename:
                 return _code_of_file, (obj.replace(co_filename=""), obj.co_filename)
+            if type(obj) is functools.cached_property:  # up to Python 3.11 it has a lock
+                return type(obj), (obj.func,), {"attrname": obj.attrname}
+            if type(obj) in _REMADE and _is_sent_by_value(obj):
+                return _REMADE[type(obj)](obj)
             is_function = isinstance(obj, types.FunctionType)
             if obj.__globals__ is main if is_function else isinstance(obj, type) and obj.__module__ == "__main__":
                 named.update(_named_by(obj, main))
@@ -133,6 +163,28 @@ def _dumped(value) -> bytes:
         if named <= also.keys():
             return buffer.getvalue()
         also = {name: main[name] for name in named}
+
+
+# What cloudpickle has a worker import wherever it comes from, and how it is made anew.
+_REMADE = {
+    functools._lru_cache_wrapper: lambda obj: (_cached, (obj.__wrapped__, obj.cache_parameters())),
+    typing.NewType: lambda obj: (typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)),
+    typing.ParamSpec: lambda obj: (typing.ParamSpec, (obj.__name__,)),
+}
+
+
+def _is_sent_by_value(obj) -> bool:
+    """Whether cloudpickle would send a function or class so, were it one that is defined in this one's place."""
+    import cloudpickle
+
+    modules = {"__main__"} | cloudpickle.list_registry_pickle_by_value()
+    return "<locals>" in getattr(obj, "__qualname__", "") or any(
+        f"{obj.__module__}.".startswith(f"{module}.") for module in modules
+    )
+
+
+def _cached(function: Callable, parameters: dict) -> Callable:
+    return functools.lru_cache(**parameters)(function)
 
 
 class _MainGlobals:

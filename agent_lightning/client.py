@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent_lightning import dataset, settings
-from agent_lightning.agent_source import pack_agent
+from agent_lightning.agent_source import pack_agent, refuse_jobs_while_unpacking
 from agent_lightning.checkpoint_copies import CheckpointCopies
 from agent_lightning.download import download_model, shown_progress
 from agent_lightning.exceptions import InvalidConfigError
@@ -330,6 +330,7 @@ class Client:
         self, title: str, spec: dict, agent: Callable | str, nworkers: int, copies: CheckpointCopies | None = None
     ) -> dict:
         """Starts a job and runs its agents until it has ended; returns the job."""
+        refuse_jobs_while_unpacking()
         for name, value in spec.items():
             try:
                 json.dumps(value, allow_nan=False)

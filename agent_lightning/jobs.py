@@ -103,7 +103,7 @@ class Job:
                 if self._ended.wait(1.0):
                     return
                 continue
-            except AgentLightningError:
+            except (AgentLightningError, RuntimeError):  # the latter where the client has been closed
                 return
             for event in events:
                 progress.on_event(event, job)

@@ -98,6 +98,7 @@ class Pool:
         self._idle: list[WorkerProcess] = []
         self._counts = collections.Counter()
         self._failed_starts = 0
+        self._has_loaded = False  # whether any worker has ever loaded the agent
         self._stopped = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -208,24 +209,31 @@ class Pool:
     def _on_message(self, worker: WorkerProcess, message: dict) -> None:
         kind = message.pop("kind")
         if kind == "load_failed":
-            error = message["error"]
-            if error["type"] == InvalidConfigError.__name__:
-                raise InvalidConfigError(error["message"])
-            needs_model = any(name in error["message"] for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"))
-            raise TrainingError(
-                f"the agent cannot be loaded in a worker: {error['type']}: {error['message']}\n{error['traceback']}",
-                hint=_MAKE_CLIENTS_INSIDE if needs_model else None,
-            )
+            self._on_failed_load(worker, message["error"])
+            return
         worker.finished()
         self._idle.append(worker)
         if kind == "ready":
-            self._failed_starts = 0
+            self._failed_starts, self._has_loaded = 0, True
             self._leases.add(workers=1)
             self._start_workers()
         else:
             self._show_output(worker, unfinished=True)  # or it would begin the next rollout's
             self._counts[message["cause"] or "succeeded"] += 1
             self._leases.add(workers=1, result=message)
+
+    def _on_failed_load(self, worker: WorkerProcess, error: dict) -> None:
+        """Ends the pool, but for an agent that has been loaded before: that gets as many tries as one that dies."""
+        if error["type"] == InvalidConfigError.__name__:
+            raise InvalidConfigError(error["message"])
+        self._lose(worker, "crash")
+        if self._has_loaded and self._failed_starts < FAILED_STARTS:
+            return
+        needs_model = any(name in error["message"] for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"))
+        raise TrainingError(
+            f"the agent cannot be loaded in a worker: {error['type']}: {error['message']}\n{error['traceback']}",
+            hint=_MAKE_CLIENTS_INSIDE if needs_model else None,
+        )
 
     def _on_print(self, worker: WorkerProcess) -> None:
         if self._show_output(worker):

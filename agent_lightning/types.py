@@ -202,10 +202,13 @@ class TrainingResult:
                 return "none"
             return f"{rewards[0]:.3f} -> {rewards[-1]:.3f} ({len(rewards)})"
 
+        checkpoints = str(self.checkpoints)
+        if len(self.checkpoints) > 1:
+            checkpoints = f"[..., {self.checkpoints[-1]!r}] ({len(self.checkpoints)})"
         return (
             f"TrainingResult(final_reward={self.final_reward:.4g}, train_rewards={curve(self.train_rewards)}, "
             f"test_rewards={curve(self.test_rewards)}, total_steps={self.total_steps}, "
-            f"total_time={self.total_time:.1f} s, checkpoints={self.checkpoints[-1:]}, "
+            f"total_time={self.total_time:.1f} s, checkpoints={checkpoints}, "
             f"best_checkpoint={self.best_checkpoint!r}"
             + (f", {self.failures} rollouts failed, the first: {self.first_failure}" if self.first_failure else "")
             + ")"

@@ -5,6 +5,7 @@ What the agent prints never touches that socket. The process leaves when the poo
 """
 
 import atexit
+import contextlib
 import contextvars
 import faulthandler
 import inspect
@@ -97,22 +98,34 @@ class Worker:
         # One event loop for the worker's life, because agents keep async clients in globals and those are bound to
         # the loop that they first ran on. Imported here: it takes 30 ms that most agents have no use for.
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
 
         if self._loop_runner is None:
             self._loop_runner = asyncio.Runner()
+        loop = self._loop_runner.get_loop()
+        threads = ThreadPoolExecutor(thread_name_prefix="asyncio")
+        loop.set_default_executor(threads)
 
         async def run():
             try:
                 return await awaitable
-            finally:
+            finally:  # as `asyncio.run` does
                 await asyncio.sleep(0)  # the closing of async generators that were broken off last becomes tasks
                 left = asyncio.all_tasks() - {asyncio.current_task()}
                 for task in left:
                     task.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
+                with ThreadPoolExecutor(1) as waiting:  # they may still need the loop
+                    await loop.run_in_executor(waiting, threads.shutdown)
 
-        # In a context as of now: the runner's own would keep the first rollout's trace as every later one's parent.
-        return self._loop_runner.run(run(), context=contextvars.copy_context())
+        try:
+            # In a context as of now: the runner's own would keep the first rollout's trace as every later one's parent.
+            return self._loop_runner.run(run(), context=contextvars.copy_context())
+        except (SystemExit, KeyboardInterrupt):  # from a task of the agent's, it leaves `run` behind unfinished
+            runner, self._loop_runner = self._loop_runner, None
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):  # it goes on to whatever waits for that task
+                runner.close()
+            raise
 
     def _receive(self) -> dict | None:
         while True:
@@ -167,18 +180,19 @@ def describe_error(error: BaseException) -> dict:
 
 def _without_our_frames(error: traceback.TracebackException) -> traceback.TracebackException:
     ours = (__file__, agent_source.__file__, "<frozen importlib")
-    kept = [frame for frame in error.stack if not frame.filename.startswith(ours)]
-    error.stack = traceback.StackSummary.from_list(kept)
-    for earlier in (error.__cause__, error.__context__):
-        if earlier is not None:
-            _without_our_frames(earlier)
+    chain = [error]
+    for part in chain:
+        kept = [frame for frame in part.stack if not frame.filename.startswith(ours)]
+        part.stack = traceback.StackSummary.from_list(kept)
+        chain += filter(None, (part.__cause__, part.__context__))
     return error
 
 
 def _end_group(leader: int) -> None:
     """Ends what the agent started and left running. In a forked child that leaves by itself, nothing."""
     if os.getpid() == leader == os.getpgrp():
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):  # the agent may have closed it
+            sys.stdout.flush()
         os.killpg(leader, signal.SIGKILL)
 
 

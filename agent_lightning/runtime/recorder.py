@@ -26,6 +26,7 @@ _TRIES = 3
 _log = logging.getLogger(__name__)
 _inside_tool = contextvars.ContextVar("agent_lightning_inside_tool", default=False)
 _current: "Recorder | None" = None
+_of_context = contextvars.ContextVar("agent_lightning_recorder", default=None)
 
 
 @dataclasses.dataclass(eq=False)
@@ -161,7 +162,8 @@ class Recorder:
     def _get(self, path: str, otherwise: dict) -> dict:
         for attempt in range(_TRIES):
             try:
-                return self._ask(path)
+                with _of_nobody():
+                    return self._ask(path)
             except Exception as error:
                 _log.debug("GET %s failed", path, exc_info=True)
                 failure = error
@@ -217,8 +219,11 @@ def _texts(output: Any) -> tuple[str, ...]:
 
 
 def current() -> Recorder | None:
-    """The recorder of the rollout that this worker runs; None outside of one."""
-    return _current
+    """The recorder of the rollout that this worker runs; None outside of one, and in what an earlier one left behind.
+
+    A plain thread, which has no context, is taken for a part of the rollout in hand.
+    """
+    return _current if _of_context.get() in (None, _current) else None
 
 
 @contextlib.contextmanager
@@ -226,10 +231,22 @@ def recording(recorder: Recorder):
     """Makes it the current one inside the block."""
     global _current
     _current = recorder
+    token = _of_context.set(recorder)
     try:
         yield recorder
     finally:
+        _of_context.reset(token)
         _current = None
+
+
+@contextlib.contextmanager
+def _of_nobody():
+    """What happens inside the block, in its context, is no part of a rollout: an agent may have our requests traced."""
+    token = _of_context.set(False)
+    try:
+        yield
+    finally:
+        _of_context.reset(token)
 
 
 @contextlib.contextmanager

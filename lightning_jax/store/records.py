@@ -156,6 +156,7 @@ class Attempt:
         on_result: called when the agent has returned, before the attempt ends; calls may still be recorded.
         on_end: called, by request id, when the attempt ends while a model call is in flight.
         deadline: `time.monotonic()` after which the attempt counts as timed out.
+        arrived: its pool has named it among what it runs.
     """
 
     attempt_id: int
@@ -173,6 +174,7 @@ class Attempt:
     timeout_s: float
     granted: float
     deadline: float
+    arrived: bool = False
     ended: bool = False
     calls: list[CallRecord] = dataclasses.field(default_factory=list)
     prompts: dict[bytes, set[int]] = dataclasses.field(default_factory=dict)

@@ -3,7 +3,8 @@
 A rollout that is waiting or leased lives in memory; what happened to it is written behind. A worker pool speaks to the
 store in exchanges: it reports results and what it is running, and takes new leases. A lease ends with a result, when
 its rollout is cancelled, or when it is given up: its pool went silent, no longer runs it, or it is long past its time.
-A given-up lease and one whose worker crashed or timed out are followed by a new attempt, up to `max_attempts`.
+A given-up lease and one whose worker crashed or timed out are followed by a new attempt, up to `max_attempts`. A lease
+that its pool has never named, although it speaks, got lost with the reply that carried it and does not count.
 """
 
 import collections
@@ -24,6 +25,7 @@ from lightning_jax.store.records import RETRIED_CAUSES, Attempt, CallRecord, Rol
 
 POOL_SILENCE_S = 30.0  # a pool not heard of for so long is gone
 GRANT_GRACE_S = 5.0  # a fresh lease may be missing from its pool's running list: the reply is still on its way
+MAX_LOST_REPLIES = 5  # of one rollout; more of them count, or one that no reply can carry would go round for ever
 TIMEOUT_GRACE_S = 30.0  # the pool enforces a rollout's time-out; the store does so much later, for pools that do not
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 _TICK_S = 0.5
@@ -48,6 +50,7 @@ class _Rollout:
     metadata: dict
     seed: int
     attempts: int = 0
+    lost_replies: int = 0
     lease: Attempt | None = None
 
 
@@ -170,7 +173,14 @@ class Rollouts:
                     ended.append(self._take_result(lease, result))
             held = set(running)
             for lease in list(self._leases.values()):
-                if lease.pool_id == pool_id and lease.lease_id not in held and now - lease.granted > GRANT_GRACE_S:
+                if lease.pool_id != pool_id:
+                    continue
+                if lease.lease_id in held:
+                    lease.arrived = True
+                elif now - lease.granted > GRANT_GRACE_S:
+                    if not lease.arrived:
+                        rollout = self._open[lease.rollout_id]
+                        rollout.lost_replies = min(rollout.lost_replies + 1, MAX_LOST_REPLIES)
                     ended.append(self._give_up(lease, "lost", "the worker pool no longer runs it"))
             if ended:
                 self._changed.notify_all()
@@ -303,7 +313,7 @@ class Rollouts:
 
     def _give_up(self, lease: Attempt, cause: str, text: str | None, traceback=None, result=None) -> Attempt:
         rollout = self._open[lease.rollout_id]
-        if rollout.attempts >= rollout.max_attempts:
+        if rollout.attempts - rollout.lost_replies >= rollout.max_attempts:
             return self._close(rollout, "failed", cause, error=text, traceback=traceback, result=result)
         self._end_lease(rollout, cause, result)
         self._waiting[rollout.job_id].appendleft(rollout)

@@ -172,6 +172,54 @@ def test_names_of_main_are_found_in_a_worker_as_in_main(served, first_line, tmp_
     ]
 
 
+CACHED = """
+import functools, sys, typing
+from agent_lightning import Pool
+
+Length = typing.NewType("Length", int)
+P = typing.ParamSpec("P")
+
+@functools.lru_cache(maxsize=None)
+def sum_to(n):
+    return n and n + sum_to(n - 1)
+
+class Text:
+    def __init__(self, text):
+        self.text = text
+
+    @functools.cached_property
+    def length(self) -> Length:
+        return Length(len(self.text))
+
+    @functools.cache
+    def longer(self, by):
+        return self.length + by
+
+def same(function: typing.Callable[P, int]) -> typing.Callable[P, int]:
+    return function
+
+@functools.lru_cache
+def bonus():
+    return 0.5
+
+def agent(resource, task):
+    text = Text(task.question)
+    assert text.length is text.length and vars(text)["length"] == 4
+    assert text.longer(1) == 5 and sum_to(4) == 10 and same(len)("four") == 4
+    assert Length.__supertype__ is int and Length.__module__ == "__main__"
+    bonus()
+    return Length(4) + bonus() * bonus.cache_info().hits
+
+if __name__ == "__main__":
+    print(Pool(sys.argv[1], sys.argv[2], agent, 1).run())
+"""
+
+
+def test_caches_and_new_types_of_main(served, tmp_path):
+    (record,) = run_as_main(served, CACHED, [{"question": "four"}], tmp_path)
+    assert (record.status, record.reward) == ("succeeded", 4.5), record.traceback
+
+
 SHARED_WITH_HANDLER = """
 import sys
 from agent_lightning import Pool
@@ -217,6 +265,20 @@ def test_a_partial_of_a_function_that_workers_cannot_import(served, tmp_path):
 
     sys.path.remove(str(tmp_path))
     (record,) = served.run(functools.partial(away_from_workers.agent, k=4), [{"question": "four"}], nworkers=1)
+    assert (record.status, record.reward) == ("succeeded", 4.5), record.error
+
+
+def test_a_cached_helper_of_a_module_that_workers_cannot_import(served, tmp_path):
+    (tmp_path / "cached_away_from_workers.py").write_text(
+        "import functools\n"
+        "@functools.cache\ndef helper(x): return x + 0.5\n"
+        "def solve(resource, task): return helper(4)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    import cached_away_from_workers
+
+    sys.path.remove(str(tmp_path))
+    (record,) = served.run(cached_away_from_workers.solve, [{"question": "four"}], nworkers=1)
     assert (record.status, record.reward) == ("succeeded", 4.5), record.error
 
 

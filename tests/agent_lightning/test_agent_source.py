@@ -1,7 +1,9 @@
 """How agents are named, found and sent."""
 
 import asyncio
+import functools
 import inspect
+import json
 import subprocess
 import sys
 import textwrap
@@ -185,6 +187,24 @@ def test_a_traceback_of_a_sent_agent_shows_its_own_lines():
 
     (frame,) = traceback_of(unpack_agent(pack_agent(agent))[0], None, [0])[-1:]
     assert (frame.filename, frame.line) == (__file__, "return [1 // part for part in task]")
+
+
+def test_cached_functions_inside_of_others_can_be_sent():
+    @functools.lru_cache(maxsize=3)
+    def sum_to(n):
+        return n and n + sum_to(n - 1)
+
+    @functools.cache
+    def agent(resource, task):
+        return sum_to(task), sum_to.cache_parameters()["maxsize"]
+
+    assert unpack_agent(pack_agent(agent))[0](None, 4) == (10, 3)
+
+
+def test_only_text_in_sys_path_is_a_folder_as_python_has_it(tmp_path):
+    sys.path += [tmp_path, b"bytes", str(tmp_path)]
+    sent = json.loads(json.dumps(pack_agent(script(tmp_path, "def agent(r, t): return 1"))))["sys_path"]
+    assert sent == [entry for entry in sys.path if isinstance(entry, str)] and str(tmp_path) in sent
 
 
 def traceback_of(function, *arguments):

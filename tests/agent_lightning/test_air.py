@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
 import math
 import re
 import textwrap
+import threading
+import time
 
 import pytest
 
@@ -279,6 +282,38 @@ def test_a_failed_rollout_has_no_rewards(serving_tools, runtime):
 
 
 # ---- without a server ----
+
+
+def test_a_thread_with_its_rollouts_context_earns_nothing_in_the_next_one(serving_tools, runtime, tmp_path):
+    def agent(resource, task):
+        from agent_lightning.runtime import run_code, tool
+
+        @tool
+        def add():
+            return 4
+
+        def late():
+            while not (tmp_path / "next rollout").exists():
+                time.sleep(0.01)
+            add()
+            run_code("print(4)")
+
+        if task.first:
+            threading.Thread(target=contextvars.copy_context().run, args=(late,), name="late").start()
+            return 1.0
+        converse(lambda name: "4", 1)
+        (tmp_path / "next rollout").touch()
+        for thread in threading.enumerate():
+            if thread.name == "late":
+                thread.join()
+        own = threading.Thread(target=add)  # without a context it is the rollout's in hand
+        own.start()
+        own.join()
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    _, record = serving_tools.run(agent, [{"first": True}, {"first": False}], nworkers=1)
+    assert rewards_of(record) == [0.3], serving_tools.store.rollout_events(record.rollout_id)
 
 
 def test_a_function_defined_again_takes_the_place_of_the_earlier_one(runtime):

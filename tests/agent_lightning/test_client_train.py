@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from agent_lightning import TrainingError, cli
+from agent_lightning import InvalidConfigError, TrainingError, cli
 from tests.agent_lightning.conftest import TASKS, ask, is_alive, wait_until, written_pids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,13 +67,40 @@ def test_an_agent_that_always_fails(client):
         client.train(agent, nworkers=1, batch_size=2)
 
 
-def test_an_agent_that_cannot_be_loaded_ends_the_job(client, training, tmp_path):
+def test_an_agent_that_cannot_be_loaded_ends_the_job(client, training, tmp_path, monkeypatch):
+    of_threads = []
+    monkeypatch.setattr(threading, "excepthook", of_threads.append)
     script = tmp_path / "broken.py"
     script.write_text("import no_such_package_at_all\n")
-    with pytest.raises(TrainingError, match="No module named 'no_such_package_at_all'"):
+    with pytest.raises(TrainingError, match="No module named 'no_such_package_at_all'"), client:
         client.train(str(script), nworkers=1, batch_size=2)
     job_id = training[1].jobs()[-1]["job_id"]
     wait_until(lambda: training[1].job(job_id)["status"] in ("failed", "stopped"))
+    wait_until(lambda: not any("_follow" in thread.name for thread in threading.enumerate()))
+    assert not of_threads
+
+
+def test_a_script_that_trains_when_it_is_imported_is_refused(client, training, tmp_path):
+    """Its workers would start workers, and those workers, and so on."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"""
+import pathlib
+from agent_lightning import Client
+with open({str(tmp_path / "imports")!r}, "a") as imports:
+    imports.write("x")
+assert pathlib.Path(imports.name).stat().st_size < 5
+
+def my_agent(resource, task):
+    return 1.0
+
+Client({training[0]!r}).train(__file__, nworkers=1, batch_size=2, data_id="sums")
+"""
+    )
+    jobs = len(training[1].jobs())
+    with pytest.raises(InvalidConfigError, match=r"(?s)starts a job whenever it is imported.*__name__ =="):
+        client.train(str(script), nworkers=1, batch_size=2)
+    assert len(training[1].jobs()) == jobs + 1 and (tmp_path / "imports").read_text() == "x"
 
 
 SCRIPT = """

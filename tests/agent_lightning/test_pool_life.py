@@ -43,6 +43,35 @@ def test_an_agent_that_takes_too_long_to_load(served, tmp_path):
         served.run(str(path), [{}], nworkers=1, pool={"start_timeout_s": 0.5})
 
 
+SOMETIMES = """
+import os, pathlib, time
+folder = pathlib.Path({folder!r})
+load = len(os.listdir(folder))
+(folder / str(load)).touch()
+if load in {failing}:
+    raise ConnectionError("the hub was away")
+def agent(resource, task):
+    if resource.metadata["attempt"] == 1:
+        os._exit(1)
+    return 1
+"""
+
+
+@pytest.mark.parametrize("failing", [[1, 2], [1, 2, 3]], ids=["for a while", "for good"])
+def test_an_agent_that_has_been_loaded_before_is_loaded_again(served, tmp_path, failing):
+    folder = tmp_path / "loads"
+    folder.mkdir()
+    path = tmp_path / "sometimes.py"
+    path.write_text(SOMETIMES.format(folder=str(folder), failing=failing))
+    if failing == [1, 2]:
+        (record,) = served.run(str(path), [{}], nworkers=1, max_attempts=2)
+        assert (record.reward, record.attempt) == (1.0, 2)
+    else:
+        with pytest.raises(TrainingError, match=r"(?s)ConnectionError: the hub was away.*sometimes\.py.*raise"):
+            served.run(str(path), [{}], nworkers=1, max_attempts=2)
+    assert len(os.listdir(folder)) == 4
+
+
 def test_an_unknown_job(served):
     with pytest.raises(Exception, match="no job 'nonsense'"):
         Pool(served.url, "nonsense", lambda resource, task: 1, 1).run()
@@ -135,7 +164,7 @@ def test_stop_from_another_thread(served, tmp_path):
 
 
 AGENT = """
-import os, pathlib, subprocess, time
+import os, pathlib, subprocess, sys, time
 folder = pathlib.Path({folder!r})
 def agent(resource, task):
     child = subprocess.Popen(["sleep", "1000"])
@@ -143,17 +172,18 @@ def agent(resource, task):
     (folder / str(os.getpid())).touch()
     if task.x:
         time.sleep(1000)
+    {last}
     return 1
 """
 
 
 @pytest.fixture
-def pool_process(served, tmp_path):
+def pool_process(request, served, tmp_path):
     """A pool as a process of its own: one worker deep in a rollout, one idle after a rollout, each with a child."""
     folder = tmp_path / "pids"
     folder.mkdir()
     script = tmp_path / "agent.py"
-    script.write_text(AGENT.format(folder=str(folder)))
+    script.write_text(AGENT.format(folder=str(folder), last=getattr(request, "param", "")))
     job_id, rollout_ids = served.open_job([{"x": 1}, {"x": 0}])
     command = [sys.executable, "-m", "agent_lightning.pool", "--server-url", served.url, "--job-id", job_id]
     process = subprocess.Popen([*command, "--agent-script", str(script), "--nworkers", "2"], cwd=ROOT)
@@ -170,4 +200,11 @@ def test_a_pool_that_ends_leaves_nothing_behind(pool_process, how):
     process.send_signal(how)
     process.wait(20)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130}[how]
+    wait_until(lambda: not any(map(is_alive, written_pids(folder))))
+
+
+@pytest.mark.parametrize("pool_process", ["sys.stdout.close()", "sys.stdout = None"], indirect=True)
+def test_an_agent_without_stdout_leaves_nothing_behind_either(pool_process):
+    process, folder = pool_process
+    process.kill()
     wait_until(lambda: not any(map(is_alive, written_pids(folder))))

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import contextlib
 import math
 import os
 import signal
@@ -10,10 +11,11 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 import pytest
 
-from tests.agent_lightning.conftest import is_alive, wait_until, written_pids
+from tests.agent_lightning.conftest import ask, is_alive, wait_until, written_pids
 
 
 class Multiplier:
@@ -98,6 +100,39 @@ def test_leaving_the_process_politely_is_an_exception_too(served):
     )
     assert (record.cause, record.error) == ("exception", "SystemExit: bye")
     assert after.reward == 1.0
+
+
+@pytest.mark.parametrize("leave", [SystemExit, KeyboardInterrupt])
+def test_leaving_in_a_task_of_an_async_agent_is_its_rollouts_alone(served, leave):
+    async def agent(resource, task):
+        async def step():
+            await asyncio.sleep(0)
+            raise leave("bye")
+
+        others = len(asyncio.all_tasks()) - 1
+        if task.x:
+            await asyncio.wait_for(step(), 60)
+        await asyncio.sleep(0.05)
+        return others
+
+    record, *after = served.run(agent, [{"x": 1}, {"x": 0}, {"x": 0}], nworkers=1, timeout_s=10.0)
+    assert (record.cause, record.error) == ("exception", f"{leave.__name__}: bye")
+    assert [(record.reward, record.error) for record in after] == [(0.0, None)] * 2
+
+
+def test_an_error_after_very_many_others_keeps_its_message(served):
+    def agent(resource, task):
+        last = None
+        for i in range(1500):
+            try:
+                raise ValueError(f"try {i}") from last
+            except ValueError as error:
+                last = error
+        raise RuntimeError("the real cause") from last
+
+    (record,) = served.run(agent, [{}], nworkers=1)
+    assert record.error == "RuntimeError: the real cause"
+    assert record.traceback.endswith("RuntimeError: the real cause\n")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +354,29 @@ def test_async_agents_keep_their_event_loop_but_not_their_leftover_tasks(served)
 
     records = served.run(agent, [{}] * 3, nworkers=1)
     assert [record.reward for record in records] == [1.0] * 3
+
+
+def test_threads_of_an_async_agent_end_before_its_rollout_does(served, tmp_path):
+    """As `asyncio.run` has it, with a loop that still serves them. What they ask the model is not the next one's."""
+
+    async def agent(resource, task):
+        loop = asyncio.get_running_loop()
+
+        def late():
+            time.sleep(0.3)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+            ask(types.SimpleNamespace(model_api=os.environ["ANTHROPIC_BASE_URL"]), task)
+            (tmp_path / "asked").touch()
+
+        if task.x == 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(late), 0.1)
+        else:
+            await asyncio.to_thread(wait_until, (tmp_path / "asked").exists)
+        return 1
+
+    records = served.run(agent, [{"x": 0, "ground_truth": ""}, {"x": 1}], nworkers=1)
+    assert [(record.reward, len(record.calls)) for record in records] == [(1.0, 1), (1.0, 0)]
 
 
 def test_a_script_is_an_agent(served, tmp_path):

@@ -71,7 +71,7 @@ def test_an_evaluation_without_samples_has_no_pass_at_k():
 def test_results_print_on_one_line():
     assert repr(RESULT) == (
         "TrainingResult(final_reward=0.75, train_rewards=0.100 -> 0.600 (4), test_rewards=0.125 -> 0.750 (3), "
-        "total_steps=4, total_time=7210.0 s, checkpoints=['/run/checkpoints/step-14'], "
+        "total_steps=4, total_time=7210.0 s, checkpoints=[..., '/run/checkpoints/step-14'] (2), "
         "best_checkpoint='/run/checkpoints/step-14')"
     )
     pass_k = {k: k / 10 for k in range(1, 7)}

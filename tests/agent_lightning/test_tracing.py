@@ -294,6 +294,33 @@ def test_a_tracer_of_the_agents_own_is_used(serving_tools, runtime):
     assert len(named(spans_of(serving_tools, record)[0], "my step")) == 1
 
 
+def test_requests_of_airs_own_are_no_part_of_the_rollout(serving_tools, runtime):
+    """Although the agent has urllib's traced, as OpenTelemetry's instrumentor for it does."""
+
+    def agent(resource, task):
+        import urllib.request
+
+        from opentelemetry import trace
+
+        plain_open = urllib.request.OpenerDirector.open
+
+        def traced_open(*args, **kwargs):
+            with trace.get_tracer("urllib").start_as_current_span("GET"):
+                return plain_open(*args, **kwargs)
+
+        urllib.request.OpenerDirector.open = traced_open
+        try:
+            return plain_agent(resource, task)
+        finally:
+            urllib.request.OpenerDirector.open = plain_open
+
+    runtime.set_config({"air_enabled": True})
+    runtime.auto_instrument()
+    (record,) = serving_tools.run(agent, [{"b": 1}], nworkers=1, timeout_s=30.0)
+    assert record.reward == 1.0 and rewards_of(record) == [0.3, 0.3], record.error
+    assert named(spans_of(serving_tools, record)[0], "GET") == []
+
+
 def test_what_is_missing_is_said(runtime, caplog):
     """In a Python that has nothing but this package's path."""
     program = (

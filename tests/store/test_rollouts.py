@@ -157,6 +157,26 @@ def test_a_lease_whose_reply_was_lost_is_given_out_again(store, job, monkeypatch
     assert ended(store, job, ids)[0].attempt == 2
 
 
+def test_a_lease_whose_reply_was_lost_is_no_attempt_at_its_rollout(store, job, monkeypatch):
+    """But one that its pool has named and then runs no longer is, and so are replies that are lost again and again."""
+    monkeypatch.setattr(rollouts, "GRANT_GRACE_S", 0.0)
+    ids = open_some(store, job, max_attempts=1)
+    lease(store, job)
+    (again,) = lease(store, job)
+    end(store, job, again["lease_id"], reward=1.0)
+    assert ended(store, job, ids)[0].reward == 1.0
+
+    ids = open_some(store, job, max_attempts=1)
+    (named,) = lease(store, job)
+    assert lease(store, job, running=[named["lease_id"]]) == lease(store, job) == []
+    assert ended(store, job, ids)[0].cause == "lost"
+
+    ids = open_some(store, job, max_attempts=2)
+    leases = list(iter(lambda: lease(store, job), []))
+    assert len(leases) == rollouts.MAX_LOST_REPLIES + 2
+    assert ended(store, job, ids)[0].cause == "lost"
+
+
 def test_a_silent_pools_leases_are_given_up(store, job, monkeypatch):
     monkeypatch.setattr(rollouts, "POOL_SILENCE_S", 0.6)
     ids = open_some(store, job)
