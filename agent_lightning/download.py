@@ -20,7 +20,7 @@ from agent_lightning.transport import Transport, backoff_s
 
 _WAIT_S = 2.0  # that one request waits for the server to have the files ready
 _ARRIVING = ".part"  # ends the name of a file that has not arrived whole
-_MOST_RENEWALS = 3
+_MOST_RENEWALS = 3  # of an export, between which nothing arrives
 # Of a model that the folder held before: no file of it may be taken for one of the new model's.
 _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "model.onnx*", "adapter_*")
 
@@ -40,12 +40,15 @@ def download_model(
     export = _export(transport, params)
     try:
         with _own_folder(target) as partial:
-            for renewals in range(_MOST_RENEWALS + 1):
+            renewals, here = 0, _size(partial)
+            while True:
                 try:
                     _fetch_all(transport, export, partial, progress)
                     break
                 except InvalidConfigError:  # the server has started again, or has tidied up
-                    if renewals == _MOST_RENEWALS:
+                    before, here = here, _size(partial)
+                    renewals = 1 if here > before else renewals + 1
+                    if renewals > _MOST_RENEWALS:
                         raise
                     export = _export(transport, params | _same(export))
             _put_in_place(partial, target, [file["name"] for file in export["files"]])
@@ -140,9 +143,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def _check_room(partial: Path, files: list[dict]) -> None:
-    here = sum(path.stat().st_size for path in partial.iterdir())
-    missing, free = sum(file["size"] for file in files) - here, shutil.disk_usage(partial).free
+    missing, free = sum(file["size"] for file in files) - _size(partial), shutil.disk_usage(partial).free
     if missing > free:
         raise AgentLightningError(
             f"the model needs {missing / 1e9:.2f} GB more in {partial.parent}, where {free / 1e9:.2f} GB are free"

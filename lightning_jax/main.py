@@ -257,8 +257,10 @@ def _start_policies(
         _say("the devices are parts of one CPU: good for trying a configuration; 1 is many times faster")
     policies = stack.enter_context(contextlib.closing(Policies(config, leader)))
     if policies.restored is not None:
+        _check_order(config, list(policies.restored.get("origins", policies)), list(policies))
         _say(f"continuing behind step {policies.step} of {config.workdir}")
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())  # notebooks set FORCE_COLOR also for a log
+    with Progress(console=console, transient=True) as bar:
         for policy in policies.values():
             task = bar.add_task("compiling the sampler", total=None)
             policy.warmup(lambda done, total, task=task: bar.update(task, completed=done, total=total))
@@ -266,6 +268,16 @@ def _start_policies(
     heap.give_back_freed_memory()
     config_lib.save_json(config, pathlib.Path(config.workdir) / "config.json")  # from here on it is this run's folder
     return policies
+
+
+def _check_order(config: ml_collections.ConfigDict, before: list[str], now: list[str]) -> None:
+    """Raises where models have changed places: agents would call another one than they did by the same URL."""
+    if len(now) > 1 and before != now:
+        raise InvalidConfigError(
+            f"{config.workdir} holds a run whose models have another order: {', '.join(before)} there, "
+            f"{', '.join(now)} here",
+            hint=f"give them in that order, or choose another with {cli.flag_of('workdir')}",
+        )
 
 
 def _follow(store: Store, jobs: JobRunner, job_id: str, url: str, agent: dict, config) -> dict[str, Any]:

@@ -85,11 +85,14 @@ class MetricsWriter:
         self._log(step, row)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds to the line of a step, the last one; where there is none, as `write`, also the errors."""
+        """Adds to the line of a step, the last one; where there is none, as `write`, also the errors.
+
+        What the line has already is replaced there, and stays as it is in the curves: they have one value a step.
+        """
         rows, more = read_metrics(self._workdir), _numbers(metrics)
         line = rows.pop() if rows and rows[-1]["step"] == step else {"step": int(step)}
         self._rewrite([*rows, line | more])
-        self._log(step, more)
+        self._log(step, {name: value for name, value in more.items() if line.get(name) is None})
 
     def _log(self, step: int, row: Mapping[str, int | float | None]) -> None:
         finite = {name: value for name, value in row.items() if value is not None}
@@ -109,9 +112,10 @@ class MetricsWriter:
 
     def truncate_after(self, step: int) -> None:
         """Drops what was written for later steps, for a run that goes on from the checkpoint of `step`."""
-        self._rewrite([row for row in read_metrics(self._workdir) if row["step"] <= step])
+        rows = [row for row in read_metrics(self._workdir) if row["step"] <= step]
+        self._rewrite(rows)
         for sink in self._sinks:
-            sink.truncate_after(step)
+            sink.truncate_after(step, rows)
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         partial = self._path.with_name(FILE + ".partial")
@@ -191,7 +195,7 @@ class _TensorBoard:
         value = summary.Summary.Value(tag="samples", tensor=tensor, metadata=metadata)
         self._add(step, summary=summary.Summary(value=[value]))
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         # A session start tells readers to forget what an earlier event file holds from this step on.
         self._add(step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
 
@@ -221,6 +225,9 @@ class _WandB:
         # The step is a metric rather than W&B's own counter, which refuses to go back after a resume.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._unfinished = workdir / "wandb_unfinished"  # there while this run is, and once it was killed
+        self._was_killed = self._unfinished.exists()
+        self._unfinished.touch()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
@@ -230,8 +237,11 @@ class _WandB:
         table = self._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
         self._run.log({"step": step, "samples": table})
 
-    def truncate_after(self, step: int) -> None:
-        """W&B keeps what it has; the curve that is written again lies over it."""
+    def truncate_after(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """W&B keeps what it has but for what it had buffered in a kill; curves that are written again lie over it."""
+        for row in rows if self._was_killed else ():
+            self._run.log({name: value for name, value in row.items() if value is not None})
 
     def close(self) -> None:
         self._run.finish()
+        self._unfinished.unlink()

@@ -14,11 +14,12 @@ symlink `latest` is swapped. A process killed at any moment, or a disk that fill
 Where several models are trained together, `step-20` holds a folder for each, by name, with these three in it.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,8 @@ def restore(
     """
     found = _find(path, item)
     _check_shapes(found, abstract_state.params)
+    optimizer = {"opt_state": abstract_state.opt_state, "step": abstract_state.step}
+    _check_shapes(found, optimizer, "optimizer")
     wanted = abstract_state.critic
     if wanted is not None and not (found / "critic").is_dir():
         raise InvalidConfigError(
@@ -180,11 +183,11 @@ def restore(
             hint="resume with the algorithm it was made with, or choose another workdir",
         )
     if wanted is not None:
-        _check_shapes(found, wanted.params, "critic", "params")
+        _check_shapes(found, wanted, "critic")
     items = _restore(
         found,
         params=ocp.args.StandardRestore(abstract_state.params),
-        optimizer=ocp.args.StandardRestore({"opt_state": abstract_state.opt_state, "step": abstract_state.step}),
+        optimizer=ocp.args.StandardRestore(optimizer),
         **({} if wanted is None else {"critic": ocp.args.StandardRestore(wanted)}),
         extra=ocp.args.JsonRestore(),
     )
@@ -229,20 +232,21 @@ def _find(path: str | os.PathLike, item: str | None = None) -> Path:
     return part
 
 
-def _check_shapes(found: Path, abstract_params: Any, item: str = "params", part: str | None = None) -> None:
-    """Raises where another model's parameters are stored; Orbax would say so too, but only in the middle of reading."""
+def _check_shapes(found: Path, wanted: Any, item: str = "params") -> None:
+    """Raises where another model's or optimizer's arrays are stored; Orbax would say so in the middle of reading."""
 
     def shapes(tree: Any) -> set[tuple[str, tuple[int, ...]]]:
         return {(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree)}
 
-    tree = ocp.StandardCheckpointHandler().metadata(found / item).tree
-    stored = shapes(tree[part] if part else tree)
-    wanted = shapes(abstract_params)
+    with _damage_said(found):
+        stored = shapes(ocp.StandardCheckpointHandler().metadata(found / item).tree)
+    wanted = shapes(ocp.tree.serialize_tree(wanted, keep_empty_nodes=True))  # named as what is stored
     if stored != wanted:
+        kind = "optimizer" if item == "optimizer" else "model"
         raise InvalidConfigError(
-            f"checkpoint {found} is another model's: it holds {sorted(stored - wanted)[:3]} where this model has "
-            f"{sorted(wanted - stored)[:3]}",
-            hint="resume with the model it was made with, or choose another workdir",
+            f"checkpoint {found} cannot be restored, for it is another {kind}'s: it holds "
+            f"{sorted(stored - wanted)[:3]} where this {kind} has {sorted(wanted - stored)[:3]}",
+            hint=f"resume with the {kind} settings it was made with, or choose another workdir",
         )
 
 
@@ -251,15 +255,18 @@ def _restore(found: Path, **items: Any) -> Any:
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    with _damage_said(found), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(found, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def _damage_said(found: Path) -> Iterator[None]:
+    """Raises InvalidConfigError where a file of a checkpoint cannot be read."""
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return checkpointer.restore(found, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError) as error:
-        raise InvalidConfigError(
-            f"checkpoint {found} cannot be restored: {error}",
-            hint="resume with the optimizer settings it was made with, or choose another workdir",
-        ) from error
-    except Exception as error:  # a bare one of Orbax, where an array's file is damaged
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # there is no room for it
+        raise
+    except Exception as error:  # Orbax and TensorStore raise ValueError, KeyError, OSError and bare ones
         step = found if _STEP.fullmatch(found.name) else found.parent
         others = [path for path in all_steps(step.parent) if path != step]
         problem = str(error.__cause__ or error).partition(" [tensorstore_spec")[0]

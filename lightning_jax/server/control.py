@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import ml_collections
 import pydantic
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
@@ -59,6 +59,7 @@ class JobRunner:
         for job_id, stop in self._stops.items():
             if wish := store.job(job_id)["spec"].get("stop"):
                 stop.request(now=wish == "now")
+            store.expect_pool(job_id)  # in the queue too
         self._running: str | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
@@ -82,8 +83,8 @@ class JobRunner:
                 self._store.restart_job(job_id, spec)
                 self._stops.pop(job_id, None)
             job_id = self._store.create_job(spec, job_id)
-            self._hold_data(job_id)
             if job_id not in self._stops and self._store.job(job_id)["status"] not in ENDED_JOB:
+                self._hold_data(job_id)
                 self._stops[job_id] = training.StopFlag()
                 self._queue.append(job_id)
                 self._changed.notify_all()
@@ -117,14 +118,21 @@ class JobRunner:
         self._thread.join()
 
     def _hold_data(self, job_id: str) -> None:
-        """Lets a job keep the tasks it was made for, whatever is uploaded under their name before it ends."""
+        """Lets a job keep the tasks it was made for, whatever is uploaded under their name before it ends.
+
+        A job whose tasks cannot be held fails.
+        """
         job = self._store.job(job_id)
         spec = job["spec"]
         if job["status"] == "queued" and "data_id" in spec:
             splits = {info.split: spec["data_id"] for info in self._store.dataset(spec["data_id"])}
             if "test_data_id" in spec:
                 splits["test"] = spec["test_data_id"]
-            self._store.hold_data(_data_name(job_id), splits)
+            try:
+                self._store.hold_data(_data_name(job_id), splits)
+            except AgentLightningError as error:  # the dataset is another by now, or the disk is full
+                self._store.update_job(job_id, status="failed", error=f"{type(error).__name__}: {error}")
+                raise
 
     def _loop(self) -> None:
         while True:
@@ -321,7 +329,9 @@ async def get_job(request: Request, job_id: str) -> Response:
 
 
 @router.get("/api/jobs/{job_id}/events")
-async def get_events(request: Request, job_id: str, after: int = 0, wait_s: float = 0.0) -> Response:
+async def get_events(
+    request: Request, job_id: str, after: int = Query(0, ge=0, le=2**63 - 1), wait_s: float = 0.0
+) -> Response:
     """Events after a sequence number, waiting for one; an empty list of an ended job means that there are no more."""
     store: Store = request.app.state.store
     ready = await _until(request, wait_s, lambda: store.has_events(job_id, after) or _ended(store, job_id))

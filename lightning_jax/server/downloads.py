@@ -22,6 +22,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Message, Receive, Scope, Send
 
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 from lightning_jax.model import export, llama, onnx_export
@@ -51,7 +52,7 @@ class Export:
         path: the checkpoint's folder; None for the initial weights.
         files: when it is whole: {"name", "size", "sha256"} of each, in the order in which a reader should fetch them:
             what makes a folder look like a model comes last.
-        used: `time.monotonic()` when somebody last asked for it.
+        used: `time.monotonic()` when somebody last asked for it, or got a piece of a file.
     """
 
     export_id: str
@@ -121,14 +122,14 @@ class Exports:
             known.used = time.monotonic()
             return known
 
-    def file(self, export_id: str, name: str) -> pathlib.Path:
-        """A file of a whole export. Raises UnknownError."""
+    def with_file(self, export_id: str, name: str) -> Export:
+        """The whole export that has this file. Raises UnknownError."""
         with self._lock:
             export = self._exports.get(export_id)
             if export is not None and export.files.done() and export.files.exception() is None:
                 if any(file["name"] == name for file in export.files.result()):
                     export.used = time.monotonic()
-                    return export.folder / name
+                    return export
         raise UnknownError(f"there is no file {name!r} in an export {export_id!r}", hint="ask for the export again")
 
     def close(self) -> None:
@@ -266,8 +267,21 @@ async def get_export(
 @router.get("/api/models/exports/{export_id}/{name}")
 async def get_export_file(request: Request, export_id: str, name: str) -> Response:
     """A file of a whole export; ranges are served."""
-    return _File(request.app.state.exports.file(export_id, name), media_type="application/octet-stream")
+    return _File(request.app.state.exports.with_file(export_id, name), name)
 
 
 class _File(FileResponse):
+    """A file of an export, which is in use for as long as it is sent."""
+
     chunk_size = _CHUNK_BYTES  # each costs the event loop a turn
+
+    def __init__(self, export: Export, name: str):
+        super().__init__(export.folder / name, media_type="application/octet-stream")
+        self._export = export
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_used(message: Message) -> None:
+            self._export.used = time.monotonic()
+            await send(message)
+
+        await super().__call__(scope, receive, send_used)

@@ -20,9 +20,9 @@ router = APIRouter()
 async def get_trajectories(
     request: Request,
     job_id: str,
-    step: int | None = None,
+    step: int | None = Query(None, ge=0, le=2**63 - 1),
     mode: Literal["train", "evaluate"] | None = None,
-    after: int = Query(0, ge=0),
+    after: int = Query(0, ge=0, le=2**63 - 1),
     limit: int | None = Query(None, ge=1),
 ) -> Response:
     """Rollouts that have ended, oldest first, from the rollout id `after` on; `next` is the next page's `after`."""

@@ -159,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="of this step only")
     parser.add_argument("--mode", choices=("train", "evaluate"), help="of this mode only")
     options = parser.parse_args(argv)
+    if options.step is not None and not 0 <= options.step < 2**63:
+        parser.error(f"argument --step: {options.step} is no number of a step")
     try:
         count = export_trajectories(options.workdir, options.output, Filter(options.job, options.step, options.mode))
     except AgentLightningError as error:

@@ -68,7 +68,7 @@ class Rollouts:
         self._leases: dict[str, Attempt] = {}
         self._tokens: dict[str, Attempt] = {}
         self._pools: dict[str, float] = {}
-        self._heard: dict[str, float] = {}  # when a pool last spoke for a job, or its first rollouts were opened
+        self._heard: dict[str, float] = {}  # when a pool last spoke for a job, or was first expected
         self._ticked = time.monotonic()
 
     # ---- the training loop's side ----
@@ -151,6 +151,11 @@ class Rollouts:
             (f"DELETE FROM rollouts WHERE {later}", rows),
         )
         self._jobs.discard_events(job_id, step)
+
+    def expect_pool(self, job_id: str) -> None:
+        """See `Store.expect_pool`."""
+        with self._changed:
+            self._heard.setdefault(job_id, time.monotonic())
 
     def silent_s(self, job_id: str) -> float:
         """See `Store.silent_s`."""

@@ -207,11 +207,15 @@ class Store:
         """
         self._rollouts.wait(job_id, rollout_ids, stop, progress)
 
-    def silent_s(self, job_id: str) -> float:
-        """Seconds since a pool last spoke for the job, queued or running, or since its first rollouts if none has.
+    def expect_pool(self, job_id: str) -> None:
+        """Has the silence of a job's pools count from here on, also before it has rollouts."""
+        self._rollouts.expect_pool(job_id)
 
-        0 before both. To be asked in the `stop` of `wait`: a pause of several seconds between two questions counts
-        as this process having stood still, when no pool could reach it.
+    def silent_s(self, job_id: str) -> float:
+        """Seconds since a pool last spoke for the job, queued or running, or was expected to if none has.
+
+        It is from the first rollouts on, or from `expect_pool`; 0 before. To be asked in the `stop` of `wait`: a pause
+        of several seconds between two questions counts as this process having stood still, when no pool could reach it.
         """
         return self._rollouts.silent_s(job_id)
 

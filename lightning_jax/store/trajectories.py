@@ -1,6 +1,7 @@
 """Rollouts that have ended, as the API reference prints trajectories: read page by page, for clients and for files."""
 
 import dataclasses
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,10 @@ class ReadOnly:
         self._path = Path(path)
         if not self._path.is_file():
             raise StoreError(f"there is no store at {path}", hint="give a run's work directory")
-        self._connection = sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)
+        options = "mode=ro"
+        if not os.access(self._path.parent, os.W_OK) and not self._path.with_name(f"{self._path.name}-wal").exists():
+            options += "&immutable=1"  # nobody writes it, and SQLite could not make the files of its log beside it
+        self._connection = sqlite3.connect(f"{self._path.absolute().as_uri()}?{options}", uri=True)
 
     def read(self, sql: str, parameters: Sequence = ()) -> list[tuple]:
         """Rows as last committed."""

@@ -6,12 +6,13 @@ import socket
 import pytest
 
 from lightning_jax import config
+from lightning_jax.policies import Policies
 from lightning_jax.store import Store
 from tests.end_to_end import runs
 
 
-def refused(workdir, *flags: str) -> str:
-    done = runs.run(workdir, *flags, timeout_s=120)
+def refused(workdir, *flags: str, **options) -> str:
+    done = runs.run(workdir, *flags, timeout_s=120, **options)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -79,6 +80,31 @@ def test_work_directory_of_another_run(tmp_path):
     assert (workdir / "config.json").read_text() == before
     (workdir / "config.json").write_text("{")
     assert f"{workdir / 'config.json'} is damaged" in refused(workdir, "--config.seed=3")
+
+
+OF_TWO_MODELS = """
+from lightning_jax import config
+
+def get_config():
+    of_two = config.default_config()
+    of_two.mode, of_two.server.port, of_two.runtime.max_seq_len = "serve", 0, 64
+    of_two.sampler.max_slots, of_two.sampler.kv_cache_tokens = 2, 256
+    of_two.models = {{name: {{"path": "builtin:tiny"}} for name in {names}}}
+    return of_two
+"""
+
+
+def test_models_in_another_order_than_the_run_has(tmp_path):
+    """Agents would call another one by the same URL."""
+    models = {name: {"path": "builtin:tiny"} for name in ("query", "answer")}
+    sizes = {"runtime": {"max_seq_len": 64}, "sampler": {"max_slots": 2, "kv_cache_tokens": 256}}
+    run = config.merge(sizes | {"models": models, "workdir": str(tmp_path / "run")}, environ={})
+    with contextlib.closing(Policies(run)) as policies:
+        policies.prepare_training()
+        policies.save_checkpoint({"job_id": "", "step": 0})
+    (tmp_path / "swapped.py").write_text(OF_TWO_MODELS.format(names=("answer", "query")))
+    error = refused(tmp_path / "run", config=str(tmp_path / "swapped.py"))
+    assert "InvalidConfigError" in error and "query, answer there, answer, query here" in error
 
 
 def test_agent_that_always_fails_ends_the_job_with_its_traceback(tmp_path):

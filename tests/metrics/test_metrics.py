@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -129,6 +130,41 @@ def test_wandb_logs_offline_and_goes_on_with_the_same_run(tmp_path, monkeypatch)
     assert files
 
 
+LOGGED_AND_KILLED = """
+import os, signal, sys
+from lightning_jax.metrics import MetricsWriter
+writer = MetricsWriter(sys.argv[1], wandb_project="lightning-jax-tests")
+for step, value in enumerate((0.0625, 0.1875, 0.3125)):
+    writer.write(step, {"a/b": value, "a/none": float("nan")})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_wandb_is_given_again_what_a_kill_took(tmp_path, monkeypatch):
+    """And once: what a run has written that ended in order is there."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process
+    command = [sys.executable, "-c", LOGGED_AND_KILLED, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -9
+    contents = []
+    for step, value in ((2, "0.4375"), (3, "0.5625")):
+        before = set((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+        with MetricsWriter(tmp_path, wandb_project="lightning-jax-tests") as writer:
+            writer.truncate_after(step - 1)
+            writer.write(step, {"a/b": float(value)})
+        (file,) = set((tmp_path / "wandb").glob("offline-run-*/*.wandb")) - before
+        deadline = time.monotonic() + 30  # as above
+        while value.encode() not in file.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        contents.append(file.read_bytes())
+    values = (b"0.0625", b"0.1875", b"0.3125", b"0.4375", b"0.5625")
+    logged = [[value for value in values if value in content] for content in contents]
+    assert logged == [[b"0.0625", b"0.1875", b"0.4375"], [b"0.5625"]]
+
+
 SAMPLES = [
     {"task_id": "train-1", "rollout_id": 7, "reward": 0.25, "completion": "so\n\n4 <b>"},
     {"task_id": "train-0", "rollout_id": 3, "reward": 1.0, "completion": "5"},
@@ -153,18 +189,19 @@ def test_what_comes_later_is_added_to_the_step(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.add(0, {"eval/reward": 0.25})
         writer.write_samples(1, SAMPLES)
-        writer.write(1, {"reward/mean": 0.5, "policy/kl": math.nan})
-        writer.add(1, {"eval/reward": 0.75})
+        writer.write(1, {"reward/mean": 0.5, "policy/kl": math.nan, "time/total_s": 4.0})
+        writer.add(1, {"eval/reward": 0.75, "time/total_s": 5.0})
         writer.write(2, {"reward/mean": 0.625})
     assert read_metrics(tmp_path) == [
         {"step": 0, "eval/reward": 0.25},
-        {"step": 1, "reward/mean": 0.5, "policy/kl": None, "eval/reward": 0.75},
+        {"step": 1, "reward/mean": 0.5, "policy/kl": None, "time/total_s": 5.0, "eval/reward": 0.75},
         {"step": 2, "reward/mean": 0.625},
     ]
     curve = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     curve.Reload()
     assert [(e.step, e.value) for e in curve.Scalars("eval/reward")] == [(0, 0.25), (1, 0.75)]
     assert [(e.step, e.value) for e in curve.Scalars("reward/mean")] == [(1, 0.5), (2, 0.625)]
+    assert [(e.step, e.value) for e in curve.Scalars("time/total_s")] == [(1, 4.0)], "a curve has one value a step"
     assert [event.step for event in curve.Tensors("samples")] == [1]
 
 

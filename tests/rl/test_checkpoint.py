@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,31 @@ def test_a_damaged_array_is_said_with_what_else_there_is(tmp_path):
     largest.write_bytes(largest.read_bytes()[:1000])
     with pytest.raises(InvalidConfigError, match=f"checkpoint {path} is damaged: .*\n  hint: .*step-1 is the newest"):
         checkpoint.restore(tmp_path, abstract(state))
+
+
+def test_a_checkpoint_that_finds_no_room_in_memory_is_not_damaged(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, make_state(1.0), {})
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        checkpoint.restore(tmp_path, abstract(make_state(1.0)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["params/_METADATA", "params/manifest.ocdbt", "optimizer/_METADATA", "optimizer/manifest.ocdbt", "extra/metadata"],
+)
+@pytest.mark.parametrize("is_there", [True, False], ids=["emptied", "gone"])
+def test_a_damaged_file_is_said_with_what_else_there_is(tmp_path, name, is_there):
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, make_state(1.0), {})
+    (path / name).write_bytes(b"") if is_there else (path / name).unlink()
+    with pytest.raises(InvalidConfigError, match=f"checkpoint {path} is damaged: .*\n  hint: .*step-1 is the newest"):
+        checkpoint.restore(tmp_path, abstract(make_state(1.0)))
+    if not name.startswith("optimizer"):
+        read = checkpoint.read_extra if name.startswith("extra") else checkpoint.restore_params
+        arguments = [abstract(make_state(1.0).params)] if read is checkpoint.restore_params else []
+        with pytest.raises(InvalidConfigError, match="is damaged.*\n  hint: .*step-1 is the newest"):
+            read(tmp_path, *arguments)
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):

@@ -1,5 +1,6 @@
 """Models from a real server: what arrives is the policy that samples, and nothing that broke off looks like it."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fastapi
 import httpx
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import safetensors.numpy
 from agent_lightning import Client
 from agent_lightning.exceptions import InvalidConfigError, ServerConnectionError
 from lightning_jax.server import downloads
+from lightning_jax.store import UnknownError
 
 from .conftest import TOOL_CALL
 
@@ -362,6 +365,50 @@ def test_an_export_that_is_gone_is_made_again(trained, tmp_path, monkeypatch):
     assert trained.http.get("/api/models/exports", params=ask).json() == before
     with Client(trained.url) as client:
         assert (client.download_model(tmp_path / "m", **{k: ask[k] for k in ("checkpoint", "format")})).is_dir()
+
+
+def test_an_export_is_kept_for_as_long_as_a_file_of_it_is_sent(trained, tmp_path, monkeypatch):
+    """Over a link so slow that the file takes longer than an export is kept which nobody reads."""
+    monkeypatch.setattr(downloads, "_KEEP_S", 2.0)
+    app = fastapi.FastAPI()
+    app.include_router(downloads.router)
+    app.state.exports = exports = downloads.Exports(trained.policies, tmp_path / "exports")
+    item = exports.open("initial", "safetensors")
+    (file,) = item.files.result(60)
+
+    async def send(message):
+        await asyncio.sleep(1.2)
+        exports._remove_unused()
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": f"/api/models/exports/{item.export_id}/{file['name']}"}
+    scope |= {"headers": [], "query_string": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
+    asyncio.run(app(scope, receive, send))
+    assert exports.with_file(item.export_id, file["name"]), "it is still there"
+    exports.close()
+
+
+def test_an_export_is_asked_for_again_as_long_as_files_arrive(trained, tmp_path, monkeypatch):
+    """It is gone whenever the next file is asked for."""
+    find, names = downloads.Exports.with_file, set()
+
+    def found_the_second_time(exports, export_id, name):
+        if name not in names:
+            names.add(name)
+            raise UnknownError(f"there is no file {name!r}")
+        return find(exports, export_id, name)
+
+    monkeypatch.setattr(downloads.Exports, "with_file", found_the_second_time)
+    with Client(trained.url) as client:
+        folder = client.download_model(tmp_path / "model")
+        assert {path.name for path in folder.iterdir()} == names and len(names) > 4
+        monkeypatch.setattr(
+            downloads.Exports, "with_file", lambda exports, export_id, name: find(exports, "none", name)
+        )
+        with pytest.raises(InvalidConfigError, match="there is no file"):
+            client.download_model(tmp_path / "none")
 
 
 def wait_until(condition, timeout_s=20.0):

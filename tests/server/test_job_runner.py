@@ -15,7 +15,7 @@ from lightning_jax.metric_names import METRICS
 from lightning_jax.metrics import read_metrics
 from lightning_jax.policies import Policies
 from lightning_jax.server.control import JobRunner
-from lightning_jax.store import CallRecord, Store, StoreError
+from lightning_jax.store import CallRecord, Store, StoreError, UnknownError
 from lightning_jax.store.trajectories import Filter
 
 from .conftest import settings
@@ -515,6 +515,34 @@ def test_a_job_keeps_the_tasks_that_it_was_made_for(config, store):
 
 
 # ---- what goes wrong ----
+
+
+def test_a_job_whose_tasks_are_gone_is_not_left_behind(runner, store):
+    """The client is told; one that asks again for a job that waits gets it, whatever became of the dataset."""
+    runner.submit(EVALUATE, "first")
+    waiting = runner.submit(EVALUATE | {"key": "k"}, "waiting")
+    upload = store.upload("d", "train")
+    upload.feed(b'{"question": "new"}')
+    store.replace_dataset("d", [upload])
+    with pytest.raises(UnknownError, match="no dataset 'gone'"):
+        runner.submit({"kind": "train", "data_id": "d", "test_data_id": "gone"}, "lost")
+    assert status(store, "lost") == "failed" and "no dataset 'gone'" in store.job("lost")["error"]
+    assert runner.submit(EVALUATE | {"key": "k"}) == waiting and status(store, waiting) == "queued"
+    for job_id in ("first", waiting):
+        with Pool(store, job_id):
+            wait_for(lambda job_id=job_id: status(store, job_id) == "succeeded")
+
+
+def test_after_a_restart_the_clients_of_all_jobs_are_waited_for_at_once(serving, store, config, monkeypatch):
+    monkeypatch.setattr(training, "_SILENCE_S", 2.0)
+    for job_id in ("one", "two", "three"):
+        store.create_job(EVALUATE, job_id)
+    runner = JobRunner(serving.policies, store, config)
+    wait_for(lambda: status(store, "one") == "failed")
+    start = time.monotonic()
+    wait_for(lambda: status(store, "three") == "failed")
+    assert time.monotonic() - start < 1.5 and "no worker pool" in store.job("three")["error"]
+    runner.close()
 
 
 def test_a_failed_job_is_logged_with_a_traceback_only_where_that_says_more(runner, store, caplog):

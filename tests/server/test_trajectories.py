@@ -1,6 +1,8 @@
 """Trajectories over HTTP and in files: the reference's JSON, of calls that were really made."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config as config_lib
 from lightning_jax.model import weights
 from lightning_jax.server import trajectories as endpoint
+from lightning_jax.store import RolloutEntry, Store
 from lightning_jax.store.export import export_trajectories
 from lightning_jax.store.trajectories import Filter
 
@@ -139,6 +142,14 @@ def test_filters_and_pages(serving, job, monkeypatch):
             next(client.trajectories(job, mode="dance"))
 
 
+def test_numbers_beyond_those_of_the_store_are_refused(serving, job):
+    for path, name in [("trajectories", "step"), ("trajectories", "after"), ("events", "after")]:
+        for number in (2**63, -(2**63) - 1):
+            reply = serving.http.get(f"/api/jobs/{job}/{path}", params={name: number})
+            assert reply.status_code == 422 and reply.json()["error"]["message"].startswith(f"{name}: ")
+        assert serving.http.get(f"/api/jobs/{job}/{path}", params={name: 2**63 - 1}).status_code == 200
+
+
 def test_tool_calls_are_told_apart_from_the_text(serving_tools):
     job, leases, ids = serving_tools.open()
     message = say(serving_tools, leases[0], "2+2?", tools=TOOLS, max_tokens=20)
@@ -189,7 +200,37 @@ def test_the_command(job, workdir, tmp_path):
     for arguments, text in [((workdir, tmp_path / "t.csv"), ".parquet"), ((tmp_path, tmp_path / "x.jsonl"), "no run")]:
         done = run(*arguments)
         assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr
+    done = run(workdir, tmp_path / "x.jsonl", "--step", 2**63)
+    assert done.returncode == 2 and "--step: 9223372036854775808" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_a_run_on_a_read_only_file_system(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = config_lib.merge({"model": {"path": "builtin:tiny"}}, environ={})
+    config_lib.save_json(config, tmp_path / "run" / "config.json")
+    store = Store(tmp_path / "run" / "store.sqlite3")
+    mount = "mount --bind run run && mount -o remount,ro,bind run"
+    unshared = ["unshare", "--user", "--map-root-user", "--mount"]
+    if os.getuid() == 0:
+        unshared = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshared, "sh", "-c", mount], cwd=tmp_path).returncode:
+        pytest.skip("this machine lets no test mount anything")
+    export = [sys.executable, "-m", "lightning_jax.store.export", tmp_path / "run", tmp_path / "t.jsonl"]
+    done = []
+    for is_open in (True, False):  # what its writer has not yet put into the file itself is read as well
+        if is_open:
+            job = store.create_job({"kind": "train"})
+            entry = RolloutEntry("task-0", 0, group=0, sample=0, task={"question": "?"})
+            store.open_rollouts(job, step=1, mode="train", entries=[entry], timeout_s=60)
+            (lease,) = store.exchange(job, "pool", [], [], 1)["leases"]
+            store.exchange(job, "pool", [{"lease_id": lease["lease_id"], "reward": 1.0}], [], 0)
+            store.flush()
+        else:
+            store.close()
+        command = [*unshared, "sh", "-c", f'{mount} && cd {ROOT} && exec "$@"', "sh", *export]
+        done.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True))
+    assert [run.stdout for run in done] == [f"1 trajectories in {tmp_path / 't.jsonl'}\n"] * 2, done
 
 
 def test_parquet_without_its_package(workdir, tmp_path, monkeypatch):
