@@ -99,8 +99,8 @@ class TaskQueue:
         return taken
 
     def items(self, indices: Sequence[int]) -> list[TaskItem]:
-        """Tasks by their positions in the file."""
-        return [self._source[i] for i in indices]
+        """Tasks by their positions in the file, those that it has: it may have become shorter since they were drawn."""
+        return [self._source[i] for i in indices if i < len(self._source)]
 
     def get_state(self) -> dict:
         """The position, JSON-ready: of the batches, and the tasks that are left of them."""

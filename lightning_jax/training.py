@@ -168,7 +168,8 @@ class _Run:
         if saved is not None and saved["job_id"] == self.job_id and saved["step"] == self.policies.step:
             step, self.history = saved["step"], History(**saved["history"])
             tasks.set_state(saved["tasks"])
-            self._ahead.extend(_Batch(tasks.items(indices)) for indices in saved.get("ahead", []))
+            ahead = (tasks.items(indices) for indices in saved.get("ahead", []))
+            self._ahead.extend(_Batch(items) for items in ahead if items)
             tested = self._row_of(step).get("eval/reward")  # behind the checkpoint, where the job was stopped
             if tested is not None and step > self.history.start_step and not self.history.is_tested(step):
                 self.history.test_rewards.append([step, tested])
@@ -397,15 +398,15 @@ class _Run:
         self.store.wait(self.job_id, rollout_ids, stop=lambda: self.stop.now or self._is_abandoned())
         if self.policies.error is not None:
             raise TrainingError(f"the device failed: {self.policies.error}") from self.policies.error
-        if self._is_abandoned():
-            raise TrainingError(
-                f"no worker pool has asked for this job's rollouts for {_SILENCE_S:.0f} s",
-                hint="the client that started it has died, or cannot reach the server",
-            )
         if self.stop.now:
             self.store.cancel_open(self.job_id)
             raise Stopped(f"stopped in step {step}")
         records = self.store.finished(rollout_ids)
+        if len(records) < len(rollout_ids):
+            raise TrainingError(
+                f"no worker pool has asked for this job's rollouts for {_SILENCE_S:.0f} s",
+                hint="the client that started it has died, or cannot reach the server",
+            )
         failed = [record for record in records if record.status == "failed"]
         for record in failed[:3]:
             _log.warning(

@@ -162,6 +162,20 @@ def test_unfinished_jobs_come_first_unless_told_otherwise(serving, store, config
     runner.close()
 
 
+def test_a_job_that_has_ended_leaves_nothing_to_stop(runner, store):
+    spec = EVALUATE | {"key": "once"}
+    job_id, queued = runner.submit(spec), runner.submit(EVALUATE)
+    wait_for(lambda: status(store, job_id) == "running")
+    runner.stop(queued)
+    assert runner._stops.keys() == {job_id}
+    with Pool(store, job_id, calls=False):
+        wait_for(lambda: status(store, job_id) == "succeeded")
+        wait_for(lambda: not runner._stops)
+    runner.stop(job_id, now=True, keep=True)
+    assert runner.submit(spec) == job_id and not runner._stops
+    assert [status(store, each) for each in (job_id, queued)] == ["succeeded", "stopped"]
+
+
 # ---- what a job keeps ----
 
 
@@ -543,6 +557,15 @@ def test_after_a_restart_the_clients_of_all_jobs_are_waited_for_at_once(serving,
     wait_for(lambda: status(store, "three") == "failed")
     assert time.monotonic() - start < 1.5 and "no worker pool" in store.job("three")["error"]
     runner.close()
+
+
+def test_a_pool_that_speaks_again_as_it_is_given_up_is_given_up(runner, store, monkeypatch):
+    """The step would go on without its open rollouts."""
+    seconds = iter([training._SILENCE_S + 1.0])
+    monkeypatch.setattr(store, "silent_s", lambda job_id: next(seconds, 0.0))
+    job_id = runner.submit(EVALUATE)
+    wait_for(lambda: status(store, job_id) == "failed")
+    assert "no worker pool" in store.job(job_id)["error"]
 
 
 def test_a_failed_job_is_logged_with_a_traceback_only_where_that_says_more(runner, store, caplog):

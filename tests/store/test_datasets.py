@@ -136,6 +136,25 @@ def test_what_is_held_stays_whatever_becomes_of_the_dataset(tmp_path):
     store.close()
 
 
+def test_asking_for_one_dataset_looks_at_no_other(store):
+    looked_at = 0
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal looked_at
+            looked_at += 1
+            return str(self) == other
+
+    for i in range(20):
+        for split in ("train", "test"):
+            store.put_dataset(Name(f"data-{i}"), split, [lines({"question": "?"})])
+    looked_at = 0
+    assert [info.split for info in store.dataset("data-7")] == ["test", "train"] and store.dataset("job:x") == []
+    assert looked_at <= 4
+
+
 def test_what_does_not_exist_is_an_error(store):
     store.put_dataset("d", "train", [lines({"question": 0})])
     with pytest.raises(UnknownError, match="no dataset 'd' with split 'test'"):
@@ -202,6 +221,19 @@ def test_what_replacements_leave_comes_first_and_nothing_is_drawn_twice_at_once(
     again.set_state(json.loads(json.dumps(queue.get_state())))
     ((third,), (restored,)) = indices([queue.batch()]), indices([again.batch()])
     assert third == restored and third[:3] == order[5:8] and len(set(third)) == 4, "two epochs meet in it"
+
+
+def test_tasks_that_were_drawn_and_are_gone_are_left_out(store):
+    """A run that was stopped may go on with a file that has become shorter."""
+    store.put_dataset("d", "train", [lines(*({"question": i} for i in range(8)))])
+    queue = data.TaskQueue(store, "d", 4, 0)
+    queue.replacements(1, queue.batch())
+    store.put_dataset("d", "train", [lines({"question": 0}, {"question": 1})])
+    again = data.TaskQueue(store, "d", 4, 0)
+    again.set_state(queue.get_state())
+    assert indices([again.items([7, 1, 2, 0])]) == [[1, 0]]
+    for _ in range(3):
+        assert {item.task_index for item in again.batch()} <= {0, 1}
 
 
 @settings(max_examples=20, deadline=None)
