@@ -50,10 +50,13 @@ class Leases:
         self._workers = 0  # free workers
         self._asked = 0  # of these, how many a request under way asks for
         self._reporting = False
+        self._lanes = 0  # threads that have not ended
 
     def start(self) -> None:
-        """Starts the two threads."""
-        for lane in (self._report, self._ask):
+        """Starts the two threads; the last one that ends closes the transport."""
+        lanes = (self._report, self._ask)
+        self._lanes = len(lanes)
+        for lane in lanes:
             threading.Thread(target=self._repeat, args=(lane,), daemon=True, name=f"leases{lane.__name__}").start()
 
     def stop(self) -> None:
@@ -90,6 +93,11 @@ class Leases:
         except BaseException as error:
             self.failure = error
             self._wake()
+        with self._changed:
+            self._lanes -= 1
+            is_last = self._lanes == 0
+        if is_last:
+            self._transport.close()
 
     def _free(self) -> int:
         return max(0, self._workers - len(self._arrived) - self._asked)

@@ -338,11 +338,13 @@ class Pool:
             worker.close()
         self._workers.clear()
         self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
 
     def _wake(self) -> None:
         try:
             self._wake_out.send(b"!")
-        except BlockingIOError:  # it is awake already
+        except OSError:  # it is awake already, or has ended
             pass
 
 

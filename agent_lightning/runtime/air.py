@@ -121,17 +121,17 @@ def rewards(kind: str, *arguments: Any) -> list[tuple[str, float]]:
         try:
             reward = handler(*arguments)
         except Exception as error:
-            _complain(name, kind, f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}")
+            _complain(name, kind, type(error), f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}")
             continue
         if reward is None:
             continue
         try:
             reward = float(reward)
         except Exception:
-            _complain(name, kind, f"returned a {type(reward).__name__}, not a number")
+            _complain(name, kind, type(reward), f"returned a {type(reward).__name__}, not a number")
             continue
         if not abs(reward) <= LARGEST_FLOAT32:
-            _complain(name, kind, f"returned {reward}, not a finite number")
+            _complain(name, kind, float, f"returned {reward}, not a finite number")
         elif reward:
             given.append((name, reward))
     return given
@@ -159,11 +159,10 @@ def is_failure(content: str) -> bool:
     return False
 
 
-def _complain(name: str, kind: str, problem: str) -> None:
-    """Logs a handler's fault; the same one once, since it may come with every tool call."""
-    fault = (name, kind, problem.partition("\n")[0])
-    if fault not in _complained:
-        _complained.add(fault)
+def _complain(name: str, kind: str, fault: type, problem: str) -> None:
+    """Logs what a handler raised or returned; each type of it once, since it may come with every tool call."""
+    if (name, kind, fault) not in _complained:
+        _complained.add((name, kind, fault))
         _log.warning("AIR handler %s (on_%s) %s; it gives no reward", name, kind, problem)
 
 

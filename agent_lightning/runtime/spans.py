@@ -100,18 +100,24 @@ class RolloutSpans(SpanProcessor):
 
     Attributes:
         settings: which spans, and how much of them.
-        attributes: of the rollout in hand, put on all of its spans.
     """
 
     def __init__(self, settings: TraceSettings, export: SpanProcessor | None):
         self.settings = settings
-        self.attributes: dict[str, Any] = {}
+        self._attributes: dict[str, Any] = {}  # of the rollout in hand
         self._export = export
         self._lock = threading.Lock()
         # By span id; weak because some spans never end.
         self._rollouts: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
         self._begun: dict[int, tuple[str, Observation]] = {}  # spans that may be tools, by their id
         self._claimed: dict[int, list[Observation]] = {}
+
+    def begin_rollout(self, attributes: dict[str, Any]) -> None:
+        """Puts these attributes on all spans from here on, and forgets those of the last rollout that never ended."""
+        self._attributes = attributes
+        with self._lock:
+            self._begun.clear()
+            self._claimed.clear()
 
     def claim(self, observation: Observation) -> None:
         """Says that the tool of this name is observed already: by the open span so named, or the one that is current.
@@ -129,7 +135,7 @@ class RolloutSpans(SpanProcessor):
                 self._claimed.setdefault(span_id, []).append(observation)
 
     def on_start(self, span, parent_context=None) -> None:
-        span.set_attributes(self.attributes)
+        span.set_attributes(self._attributes)
         rollout = recorder.current()
         if rollout is None:
             return

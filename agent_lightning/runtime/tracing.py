@@ -126,7 +126,7 @@ def rollout_span(attributes: dict[str, Any]) -> "contextlib.AbstractContextManag
     """The span of a whole rollout, which makes all of its spans one trace."""
     if _tracer is None:
         return contextlib.nullcontext()
-    _spans.attributes = attributes
+    _spans.begin_rollout(attributes)
     return _tracer.start_as_current_span(
         "rollout",
         attributes={"openinference.span.kind": "AGENT"},

@@ -15,6 +15,7 @@ Where several models are trained together, `step-20` holds a folder for each, by
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -234,13 +235,9 @@ def _find(path: str | os.PathLike, item: str | None = None) -> Path:
 
 def _check_shapes(found: Path, wanted: Any, item: str = "params") -> None:
     """Raises where another model's or optimizer's arrays are stored; Orbax would say so in the middle of reading."""
-
-    def shapes(tree: Any) -> set[tuple[str, tuple[int, ...]]]:
-        return {(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree)}
-
     with _damage_said(found):
-        stored = shapes(ocp.StandardCheckpointHandler().metadata(found / item).tree)
-    wanted = shapes(ocp.tree.serialize_tree(wanted, keep_empty_nodes=True))  # named as what is stored
+        stored = _stored_shapes(found / item, (found / item / "_METADATA").stat().st_mtime_ns)
+    wanted = _shapes(ocp.tree.serialize_tree(wanted, keep_empty_nodes=True))  # named as what is stored
     if stored != wanted:
         kind = "optimizer" if item == "optimizer" else "model"
         raise InvalidConfigError(
@@ -248,6 +245,15 @@ def _check_shapes(found: Path, wanted: Any, item: str = "params") -> None:
             f"{sorted(stored - wanted)[:3]} where this {kind} has {sorted(wanted - stored)[:3]}",
             hint=f"resume with the {kind} settings it was made with, or choose another workdir",
         )
+
+
+@functools.lru_cache(maxsize=16)  # TensorStore leaks 60 KB and more whenever it is asked
+def _stored_shapes(folder: Path, changed_ns: int) -> set[tuple[str, tuple[int, ...]]]:
+    return _shapes(ocp.StandardCheckpointHandler().metadata(folder).tree)
+
+
+def _shapes(tree: Any) -> set[tuple[str, tuple[int, ...]]]:
+    return {(jax.tree_util.keystr(path), tuple(leaf.shape)) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _restore(found: Path, **items: Any) -> Any:

@@ -11,9 +11,9 @@ as soon as the program that fills it has been dispatched, and a released page ma
 flight still writes to it, because whatever reads it next comes later.
 """
 
-import collections
 import dataclasses
 import itertools
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Sequence:
         limit: `tokens` never grows longer than this.
         stop_ids: ids that end it.
         sampling_columns: [n] int32, what the device needs to know of its sampling parameters.
+        queue: the fairness key under which it waits; None for those that were sent back, who come first.
         slot: row of the device's slot state; None while it waits.
         pages: its KV pages in order.
         target: tokens to prefill before it decodes: all it had when it was admitted, but the last of them where it has
@@ -56,6 +57,7 @@ class Sequence:
     sampling_columns: np.ndarray | None = None
     shape: Shape | None = None
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    queue: str | None = None
     slot: int | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
     target: int = 0
@@ -71,7 +73,7 @@ class Sequence:
     node_ids: list[int] = dataclasses.field(default_factory=list)
     leader: "Sequence | None" = None
     followers: list["Sequence"] = dataclasses.field(default_factory=list)
-    unfilled: collections.deque[tuple[int, Node]] = dataclasses.field(default_factory=collections.deque)
+    unfilled: deque[tuple[int, Node]] = dataclasses.field(default_factory=deque)
 
     @property
     def prompt_length(self) -> int:
@@ -172,8 +174,7 @@ class Scheduler:
         self._prefill_shapes = sorted(prefill_shapes, key=lambda shape: (shape.tokens, shape.rows))
         self._chunks = sorted({shape.chunk for shape in prefill_shapes})
         self._free_slots = list(range(max_slots - 1, -1, -1))
-        self._waiting: collections.OrderedDict[str, collections.deque[Sequence]] = collections.OrderedDict()
-        self._preempted: collections.deque[Sequence] = collections.deque()
+        self._waiting: OrderedDict[str | None, OrderedDict[Sequence, None]] = OrderedDict()  # by `Sequence.queue`
         self._leaders: dict[bytes, Sequence] = {}  # by their tokens, those whose prefill is not complete
         self._num_waiting = 0
         self._counter = itertools.count()
@@ -186,41 +187,39 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence behind those of its fairness key."""
-        self._waiting.setdefault(sequence.request.fairness_key, collections.deque()).append(sequence)
+        sequence.queue = sequence.request.fairness_key
+        self._waiting.setdefault(sequence.queue, OrderedDict())[sequence] = None
         self._num_waiting += 1
+
+    def _put_first(self, sequence: Sequence) -> None:
+        self._waiting.setdefault(sequence.queue, OrderedDict())[sequence] = None
+        self._waiting[sequence.queue].move_to_end(sequence, last=False)
+        self._waiting.move_to_end(sequence.queue, last=False)
+        self._num_waiting += 1
+
+    def _take_out(self, sequence: Sequence) -> None:
+        del self._waiting[sequence.queue][sequence]
+        if not self._waiting[sequence.queue]:
+            del self._waiting[sequence.queue]
+        self._num_waiting -= 1
 
     def admit(self, policy_version: int) -> list[Sequence]:
         """Gives slots and pages to waiting sequences: preempted ones first, then one of each fairness key in turn.
 
         A sequence whose prefix another one is about to compute is passed over until that prefill is dispatched.
         """
-        admitted: list[Sequence] = []
-        deferred: list[Sequence] = []
-        while self._free_slots:
-            queue = self._preempted or (next(iter(self._waiting.values())) if self._waiting else None)
-            if not queue:
-                break
-            sequence = queue[0]
-            outcome = "done" if sequence.done else self._try_admit(sequence, policy_version)
+        admitted, deferred = [], []
+        while self._free_slots and self._waiting:
+            sequence = next(iter(next(iter(self._waiting.values()))))
+            outcome = self._try_admit(sequence, policy_version)
             if outcome == "no pages":
                 break
-            queue.popleft()
-            if queue is not self._preempted:
-                key = sequence.request.fairness_key
-                if not queue:
-                    del self._waiting[key]
-                elif outcome == "admitted":
-                    self._waiting.move_to_end(key)
-            if outcome == "deferred":
-                deferred.append(sequence)
-                continue
-            if outcome == "admitted":
-                self._num_waiting -= 1
-                admitted.append(sequence)
+            if outcome == "admitted" and sequence.queue is not None:
+                self._waiting.move_to_end(sequence.queue)
+            self._take_out(sequence)
+            (admitted if outcome == "admitted" else deferred).append(sequence)
         for sequence in reversed(deferred):
-            key = sequence.request.fairness_key
-            self._waiting.setdefault(key, collections.deque()).appendleft(sequence)
-            self._waiting.move_to_end(key, last=False)
+            self._put_first(sequence)
         return admitted
 
     def _try_admit(self, sequence: Sequence, policy_version: int) -> str:
@@ -381,7 +380,7 @@ class Scheduler:
         if sequence.slot is not None:
             self._release(sequence)
         else:
-            self._num_waiting -= 1  # its place in the queue goes when it is come upon
+            self._take_out(sequence)
 
     def flush(self) -> None:
         """Forgets all cached prefixes: the weights have changed. Running sequences go on with what they have."""
@@ -393,8 +392,8 @@ class Scheduler:
         if not sequence.logprobs:  # it has nothing of what it was admitted for
             sequence.policy_version = None
             sequence.cached_tokens = min(sequence.cached_tokens, sequence.computed)
-        self._preempted.appendleft(sequence)
-        self._num_waiting += 1
+        sequence.queue = None
+        self._put_first(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         while sequence.followers:

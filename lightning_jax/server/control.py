@@ -81,9 +81,8 @@ class JobRunner:
             known = job_id is not None and any(job["job_id"] == job_id for job in self._store.jobs())
             if known and job_id not in self._queue and job_id != self._running:
                 self._store.restart_job(job_id, spec)
-                self._stops.pop(job_id, None)
             job_id = self._store.create_job(spec, job_id)
-            if job_id not in self._stops and self._store.job(job_id)["status"] not in ENDED_JOB:
+            if job_id not in self._stops and self._store.job_status(job_id) not in ENDED_JOB:
                 self._hold_data(job_id)
                 self._stops[job_id] = training.StopFlag()
                 self._queue.append(job_id)
@@ -105,6 +104,7 @@ class JobRunner:
                 self._store.update_job(job_id, spec=spec | {"stop": wish})
             if job_id in self._queue:
                 self._queue.remove(job_id)
+                del self._stops[job_id]
                 self._store.update_job(job_id, status="stopped")
                 self._store.hold_data(_data_name(job_id), {})
 
@@ -149,6 +149,7 @@ class JobRunner:
                 return
             with self._changed:
                 self._running = None
+                del self._stops[job_id]
 
     def _end(self, error: BaseException) -> None:
         """Fails the jobs that were to run, so that nobody waits for them; what the file holds of them stays."""
@@ -325,7 +326,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
 @router.get("/api/jobs/{job_id}")
 async def get_job(request: Request, job_id: str) -> Response:
     """The job as it is now."""
-    return wire.json_response(request.app.state.store.job(job_id))
+    return wire.json_response(await run_in_threadpool(request.app.state.store.job, job_id))
 
 
 @router.get("/api/jobs/{job_id}/events")
@@ -336,24 +337,24 @@ async def get_events(
     store: Store = request.app.state.store
     ready = await _until(request, wait_s, lambda: store.has_events(job_id, after) or _ended(store, job_id))
     events = await run_in_threadpool(store.events, job_id, after) if ready else []
-    return wire.json_response({"job_status": store.job(job_id)["status"], "events": events})
+    return wire.json_response({"job_status": store.job_status(job_id), "events": events})
 
 
 @router.post("/api/jobs/{job_id}/stop")
 async def stop_job(request: Request, job_id: str, body: StopBody) -> Response:
     """Ends a job after its step, or now, also if the server is started again meanwhile."""
     store: Store = request.app.state.store
-    store.job(job_id)
+    store.job_status(job_id)
     if request.app.state.jobs is not None:
         await run_in_threadpool(request.app.state.jobs.stop, job_id, body.now, keep=True)
-    return wire.json_response({"job_status": store.job(job_id)["status"]})
+    return wire.json_response({"job_status": store.job_status(job_id)})
 
 
 @router.post("/api/jobs/{job_id}/exchange")
 async def exchange(request: Request, job_id: str, body: ExchangeBody) -> Response:
     """Takes a pool's results and gives it leases, waiting for some if it wants them and nothing else is to be said."""
     store: Store = request.app.state.store
-    store.job(job_id)
+    store.job_status(job_id)
     store.report(job_id, body.pool_id, [result.model_dump() for result in body.results], body.running)
     reply: dict = {}
 
@@ -388,7 +389,7 @@ async def _until(request: Request, wait_s: float, condition: Callable[[], bool])
 
 
 def _ended(store: Store, job_id: str) -> bool:
-    return store.job(job_id)["status"] in ENDED_JOB
+    return store.job_status(job_id) in ENDED_JOB
 
 
 def error_response(error: AgentLightningError) -> Response:

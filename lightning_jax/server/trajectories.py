@@ -27,7 +27,7 @@ async def get_trajectories(
 ) -> Response:
     """Rollouts that have ended, oldest first, from the rollout id `after` on; `next` is the next page's `after`."""
     store: Store = request.app.state.store
-    store.job(job_id)
+    store.job_status(job_id)
     policies: Policies = request.app.state.policies
     body = await run_in_threadpool(_page, store, policies, Filter(job_id, step, mode), after, limit)
     return Response(body, media_type="application/json")

@@ -97,6 +97,7 @@ class Database:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, this program's is {_FORMAT}")
+        connection.execute("CREATE INDEX IF NOT EXISTS rollouts_by_job ON rollouts (job_id)")  # in the order of ids
         return connection
 
     def read(self, sql: str, parameters: Sequence = ()) -> list[tuple]:

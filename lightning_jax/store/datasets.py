@@ -26,9 +26,12 @@ class Datasets:
         self._lock = threading.RLock()
         database.write(("DELETE FROM tasks WHERE version NOT IN (SELECT version FROM datasets)", [()]))
         database.flush()
-        rows = database.read("SELECT data_id, split, version, num_tasks FROM datasets")
-        self._known = {(data_id, split): (version, count) for data_id, split, version, count in rows}
-        self._versions = itertools.count(max((version for version, _ in self._known.values()), default=0) + 1)
+        self._known: dict[str, dict[str, tuple[int, int]]] = {}  # data id: split: (version, number of tasks)
+        newest = 0
+        for data_id, split, version, count in database.read("SELECT data_id, split, version, num_tasks FROM datasets"):
+            self._known.setdefault(data_id, {})[split] = version, count
+            newest = max(newest, version)
+        self._versions = itertools.count(newest + 1)
 
     def put(self, data_id: str, split: str, chunks: Iterable[bytes]) -> DatasetInfo:
         """See `Store.put_dataset`."""
@@ -44,9 +47,8 @@ class Datasets:
     def info(self, data_id: str) -> list[DatasetInfo]:
         """The dataset's splits, by name; empty if there is no such dataset."""
         with self._lock:
-            return [
-                DatasetInfo(name, split, n) for (name, split), (_, n) in sorted(self._known.items()) if name == data_id
-            ]
+            splits = self._known.get(data_id, {})
+            return [DatasetInfo(data_id, split, count) for split, (_, count) in sorted(splits.items())]
 
     def num_tasks(self, data_id: str, split: str) -> int:
         return self._find(data_id, split)[1]
@@ -69,7 +71,7 @@ class Datasets:
 
     def _find(self, data_id: str, split: str) -> tuple[int, int]:
         with self._lock:
-            found = self._known.get((data_id, split))
+            found = self._known.get(data_id, {}).get(split)
         if found is None:
             raise UnknownError(f"there is no dataset {data_id!r} with split {split!r}", hint="upload it first")
         return found
@@ -86,8 +88,7 @@ class Datasets:
         """See `Store.put_dataset`."""
         split, content = upload.end()
         with self._lock:
-            others = {info.split: self._find(data_id, info.split) for info in self.info(data_id)}
-            replaced = self._set(data_id, others | {split: content})
+            replaced = self._set(data_id, self._known.get(data_id, {}) | {split: content})
         self.remove(replaced)
         return DatasetInfo(data_id, split, content[1])
 
@@ -99,16 +100,15 @@ class Datasets:
 
     def _set(self, data_id: str, splits: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
         """Makes these (version, number of tasks) the dataset's splits, all at once; returns what they replaced."""
-        old = {split: content for (name, split), content in self._known.items() if name == data_id}
         now = time.time()
         rows = [(data_id, split, version, count, now) for split, (version, count) in splits.items()]
         self._database.execute(
             ("DELETE FROM datasets WHERE data_id = ?", [(data_id,)]),
             ("INSERT INTO datasets VALUES (?, ?, ?, ?, ?)", rows),
         )
-        for split in old:
-            del self._known[data_id, split]
-        self._known.update(((data_id, split), content) for split, content in splits.items())
+        old = self._known.pop(data_id, {})
+        if splits:
+            self._known[data_id] = dict(splits)
         return list(old.values())
 
     def remove(self, versions: Iterable[tuple[int, int]]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from lightning_jax.store.database import Database
 from lightning_jax.store.records import ENDED_JOB, UnknownError
 
-_FIELDS = ("status", "step", "total_steps", "error", "traceback", "result")
+_SMALL = ("status", "step", "total_steps", "error")
+_LARGE = ("traceback", "result")  # an ended job's are in memory only until they are on disk
+_FIELDS = (*_SMALL, *_LARGE)
 
 
 class Jobs:
@@ -23,12 +25,11 @@ class Jobs:
 
     def __init__(self, database: Database, changed: threading.Condition, announce: Callable[[], None]):
         self._database, self._changed, self._announce = database, changed, announce
-        columns = ("job_id", "created", *_FIELDS, "spec")
+        columns = ("job_id", "created", *_SMALL, "spec")
         rows = database.read(f"SELECT {', '.join(columns)} FROM jobs ORDER BY created")
         self._jobs = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
         for job in self._jobs.values():
             job["spec"] = json.loads(job["spec"])
-            job["result"] = json.loads(job["result"]) if job["result"] else None
         self._sequence = itertools.count(database.newest_id("events") + 1)  # followers count on its only ever growing
         self._newest: dict[str, int] = dict(database.read("SELECT job_id, max(seq) FROM events GROUP BY job_id"))
 
@@ -61,17 +62,33 @@ class Jobs:
             self._newest[job_id] = rows[0][0] or 0
 
     def get(self, job_id: str) -> dict:
+        """See `Store.job`."""
         with self._changed:
-            if job_id not in self._jobs:
-                raise UnknownError(f"there is no job {job_id!r}")
-            return dict(self._jobs[job_id])
+            job = self._find(job_id)
+            if job.keys() >= set(_LARGE):
+                return dict(job)
+            ((traceback, result),) = self._database.read(
+                "SELECT traceback, result FROM jobs WHERE job_id = ?", (job_id,)
+            )
+            return {"traceback": traceback, "result": json.loads(result) if result else None} | job
+
+    def status(self, job_id: str) -> str:
+        """See `Store.job_status`."""
+        with self._changed:
+            return self._find(job_id)["status"]
 
     def all(self) -> list[dict]:
+        """See `Store.jobs`."""
         with self._changed:
-            return [dict(job) for job in self._jobs.values()]
+            return [{name: value for name, value in job.items() if name not in _LARGE} for job in self._jobs.values()]
 
     def ended(self, job_id: str) -> bool:
-        return self._jobs[job_id]["status"] in ENDED_JOB
+        return self.status(job_id) in ENDED_JOB
+
+    def _find(self, job_id: str) -> dict:
+        if job_id not in self._jobs:
+            raise UnknownError(f"there is no job {job_id!r}")
+        return self._jobs[job_id]
 
     def update(self, job_id: str, **fields) -> None:
         """See `Store.update_job`. Who follows the job sees the change even where the file cannot be written."""
@@ -80,17 +97,22 @@ class Jobs:
             raise TypeError(f"a job has no field {', '.join(sorted(unknown))}")
         stored = [json.dumps(value) if isinstance(value, dict) else value for value in fields.values()]
         with self._changed:
-            if job_id not in self._jobs:
-                raise UnknownError(f"there is no job {job_id!r}")
-            self._jobs[job_id].update(fields)
+            self._find(job_id).update(fields)
             self._changed.notify_all()
             assignments = ", ".join(f"{name} = ?" for name in fields)
             self._database.write((f"UPDATE jobs SET {assignments} WHERE job_id = ?", [(*stored, job_id)]))
         if "status" in fields or "spec" in fields:
             self._database.flush()
+            self._let_go(job_id)
         else:
             self._database.check()
         self._announce()
+
+    def _let_go(self, job_id: str) -> None:
+        with self._changed:
+            if self.ended(job_id):
+                for name in _LARGE:
+                    self._jobs[job_id].pop(name, None)
 
     def add_event(self, job_id: str, kind: str, step: int, data: dict) -> int:
         """See `Store.add_event`."""
@@ -105,7 +127,7 @@ class Jobs:
 
     def has_events(self, job_id: str, after: int) -> bool:
         """See `Store.has_events`."""
-        self.get(job_id)
+        self._find(job_id)
         return self._newest.get(job_id, 0) > after
 
     def events(self, job_id: str, after: int = 0, wait_s: float = 0.0, limit: int = 1000) -> list[dict]:

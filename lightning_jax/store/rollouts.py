@@ -64,6 +64,7 @@ class Rollouts:
         self._rollout_ids = itertools.count(database.newest_id("rollouts") + 1)
         self._attempt_ids = itertools.count(database.newest_id("attempts") + 1)
         self._open: dict[int, _Rollout] = {}
+        self._awaited: list[set[int]] = []  # for each `wait`, what is open of it
         self._waiting: dict[str, collections.deque[_Rollout]] = collections.defaultdict(collections.deque)
         self._leases: dict[str, Attempt] = {}
         self._tokens: dict[str, Attempt] = {}
@@ -96,19 +97,25 @@ class Rollouts:
     def wait(self, job_id, rollout_ids, stop=None, progress=None) -> None:
         """See `Store.wait`."""
         wanted, reported = set(rollout_ids), None
-        while True:
-            self._database.check()
-            self.reclaim()
+        with self._changed:
+            left = wanted & self._open.keys()
+            self._awaited.append(left)
+        try:
+            while True:
+                self._database.check()
+                self.reclaim()
+                with self._changed:
+                    if len(wanted) - len(left) == reported:
+                        self._changed.wait(_TICK_S)
+                    done = len(wanted) - len(left)
+                if progress is not None and done != reported:
+                    progress(done)
+                reported = done
+                if done == len(wanted) or (stop is not None and stop()):
+                    return
+        finally:
             with self._changed:
-                done = len(wanted - self._open.keys())
-                if done == reported:
-                    self._changed.wait(_TICK_S)
-                    done = len(wanted - self._open.keys())
-            if progress is not None and done != reported:
-                progress(done)
-            reported = done
-            if done == len(wanted) or (stop is not None and stop()):
-                return
+                self._awaited = [other for other in self._awaited if other is not left]
 
     def finished(self, rollout_ids: Sequence[int]) -> list[RolloutRecord]:
         """See `Store.finished`."""
@@ -194,7 +201,7 @@ class Rollouts:
     def grant(self, job_id: str, pool_id: str, running: Sequence[str], want: int) -> dict:
         """The reply to an exchange as things stand: up to `want` new leases, and which of `running` have ended."""
         with self._changed:
-            status = self._jobs.get(job_id)["status"]
+            status = self._jobs.status(job_id)
             self._pools[pool_id] = self._heard[job_id] = time.monotonic()
             waiting = self._waiting[job_id] if job_id in self._waiting else ()
             attempts = []
@@ -328,6 +335,8 @@ class Rollouts:
         lease = rollout.lease
         self._end_lease(rollout, cause, result)
         del self._open[rollout.rollout_id]
+        for left in self._awaited:
+            left.discard(rollout.rollout_id)
         sql = (
             "UPDATE rollouts SET status = ?, cause = ?, reward = ?, error = ?, traceback = ?, attempt = ?, "
             "attempt_id = ?, duration_s = ? WHERE rollout_id = ?"

@@ -122,8 +122,12 @@ class Store:
         """
         return self._jobs.get(job_id)
 
+    def job_status(self, job_id: str) -> str:
+        """The job's `status` alone, which is always in memory. Raises UnknownError."""
+        return self._jobs.status(job_id)
+
     def jobs(self) -> list[dict]:
-        """Every job, oldest first."""
+        """Every job, oldest first, without its traceback and result."""
         return self._jobs.all()
 
     def update_job(self, job_id: str, **fields) -> None:

@@ -113,6 +113,28 @@ def test_handlers_as_printed_and_what_else_handlers_do(serving_tools, runtime):
     assert rules == ["reward_tool_success", "longer_is_better"]
 
 
+def test_a_handlers_fault_is_logged_once_whatever_its_words(runtime, caplog):
+    results = iter([KeyError("a"), KeyError("b"), ValueError("c"), math.inf, 1e39, "much", "more", [1]])
+
+    @runtime.air.on_tool_success
+    def ever_another(tool_name, output):
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    for _ in range(8):
+        assert runtime.air.rewards("tool_success", "add", "2") == []
+    said = [record.getMessage().partition(" (on_tool_success) ")[2].partition("\n")[0] for record in caplog.records]
+    assert [text.removesuffix("; it gives no reward") for text in said] == [
+        "raised KeyError: 'a'",
+        "raised ValueError: c",
+        "returned inf, not a finite number",
+        "returned a str, not a number",
+        "returned a list, not a number",
+    ]
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})

@@ -161,6 +161,18 @@ def test_stop_from_another_thread(served, tmp_path):
     thread.join(20)
     assert not thread.is_alive()
     assert not any(map(is_alive, written_pids(folder)))
+    pool.stop()  # as a signal handler may do that comes late
+
+
+def test_a_pool_that_has_ended_keeps_no_connection_open(served):
+    job_id, rollout_ids = served.open_job([{}])
+    pool = Pool(served.url, job_id, lambda resource, task: 1.0, 1)
+    with served.ending(job_id, rollout_ids):
+        pool.run()
+    wait_until(lambda: pool._transport._http.is_closed)
+    assert pool._wake_in.fileno() == pool._wake_out.fileno() == -1
+    assert pool._leases.failure is None
+    pool.stop()
 
 
 AGENT = """

@@ -219,6 +219,28 @@ def test_a_span_that_ends_late_is_not_another_rollouts(serving_tools, runtime, t
         assert [span["name"] for span in spans_of(serving_tools, record)[0]] == ["rollout"]
 
 
+def test_spans_that_never_end_are_kept_no_longer_than_their_rollout(serving_tools, runtime):
+    def agent(resource, task):
+        from opentelemetry import trace
+
+        from agent_lightning.runtime import tool, tracing
+
+        @tool
+        def search():
+            return "found"
+
+        kept = len(tracing._spans._begun) + len(tracing._spans._claimed)
+        trace.get_tracer("agent").start_span("search")
+        search()
+        assert len(tracing._spans._begun) == len(tracing._spans._claimed) == 1
+        return kept
+
+    runtime.auto_instrument()
+    runtime.set_config({"air_enabled": True})
+    records = serving_tools.run(agent, [{}] * 3, nworkers=1)
+    assert [record.reward for record in records] == [0.0] * 3, [record.error for record in records]
+
+
 def test_their_number_and_size_are_bounded(serving_tools, runtime):
     def agent(resource, task):
         from agent_lightning.runtime import tool

@@ -186,6 +186,26 @@ def test_what_does_not_fit_is_refused_with_words(tmp_path):
         checkpoint.restore_params(tmp_path / "step-2", {})
 
 
+def test_what_a_checkpoint_holds_is_looked_up_once_until_it_is_replaced(tmp_path, monkeypatch):
+    look, looked_up = checkpoint.ocp.StandardCheckpointHandler.metadata, []
+
+    def counted(handler, folder):
+        looked_up.append(folder)
+        return look(handler, folder)
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", counted)
+    checkpoint.save(tmp_path, 1, make_state(1), {})
+    for _ in range(3):
+        checkpoint.restore_params(tmp_path, abstract(make_state(0).params))
+    assert looked_up == [tmp_path / "step-1/params"]
+    checkpoint.save(tmp_path, 1, make_state(1, size=101), {})
+    with pytest.raises(InvalidConfigError, match="another model's"):
+        checkpoint.restore_params(tmp_path, abstract(make_state(0).params))
+    assert_equal(
+        checkpoint.restore_params(tmp_path, abstract(make_state(0, size=101).params)), make_state(1, size=101).params
+    )
+
+
 SAVE_FOR_EVER = """
 import sys, itertools, jax, numpy as np
 from pathlib import Path

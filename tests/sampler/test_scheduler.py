@@ -1,5 +1,8 @@
 """The scheduler against the promises it makes, with a device that only checks what it is asked to do."""
 
+import gc
+import weakref
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -225,6 +228,24 @@ def test_waiting_requests_are_admitted_in_turns_of_their_fairness_keys():
         scheduler.add(sequence(f"few-{i}", [i, 3, 4], fairness_key="few"))
     admitted = [member.request.request_id for member in scheduler.admit(0)]
     assert admitted == ["many-0", "few-0", "many-1", "few-1"]
+
+
+def test_who_is_cancelled_while_it_waits_leaves_the_queue_at_once():
+    scheduler = make(max_slots=1)
+    scheduler.add(sequence("long", [1]))
+    (long,) = scheduler.admit(0)
+    waiting = [sequence(str(i), [i] * 9, fairness_key=key) for i in range(4) for key in ("", "other")]
+    for member in waiting:
+        scheduler.add(member)
+    assert scheduler.preempt() is long
+    left = waiting.pop(3)
+    seen = [weakref.ref(member) for member in (long, *waiting)]
+    for member in (long, *waiting):
+        scheduler.finish(member)
+    del member, long, waiting
+    gc.collect()
+    assert not any(ref() for ref in seen) and scheduler.num_waiting == 1
+    assert scheduler.admit(0) == [left] and scheduler.num_waiting == 0
 
 
 def test_the_youngest_is_preempted_and_comes_back_first_with_its_tokens():

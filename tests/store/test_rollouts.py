@@ -1,17 +1,22 @@
 """Rollouts under leases: nothing is lost, nothing counts twice, and a killed process leaves a store that opens."""
 
+import contextlib
+import gc
 import os
 import pathlib
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 
 from lightning_jax.store import CallRecord, RolloutEntry, Store, StoreError, UnknownError, rollouts
+from lightning_jax.store.trajectories import Filter, ended_rollouts
 
 
 @pytest.fixture
@@ -274,6 +279,29 @@ def test_wait_reports_progress_and_stops(store, job):
     assert seen == [1]
 
 
+def test_wait_looks_at_each_rollout_once_however_many_there_are(store, job):
+    looked_at = 0
+
+    class Id(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            nonlocal looked_at
+            looked_at += 1
+            return int(self) == other
+
+    ids = open_some(store, job, 100)
+    leases = lease(store, job, want=100)
+
+    def end_next(ended):
+        if leases:
+            one = leases.pop()
+            end(store, job, one["lease_id"], running=[other["lease_id"] for other in leases], reward=1.0)
+
+    store.wait(job, [Id(rollout_id) for rollout_id in ids], progress=end_next)
+    assert len(store.finished(ids)) == 100 and 100 <= looked_at <= 300
+
+
 def test_an_exchange_waits_for_leases(store, job):
     timer = threading.Timer(0.3, open_some, (store, job))
     timer.start()
@@ -314,6 +342,36 @@ def test_jobs_and_events(store, tmp_path):
     store.restart_job(job, {"kind": "evaluate"})
     assert store.job(job)["status"] == "queued" and store.job(job)["result"] is None
     store.close()
+
+
+def test_what_an_ended_job_has_left_is_in_memory_only_until_it_is_on_disk(store, job, tmp_path):
+    class Result(dict):
+        """A dictionary whose end can be seen."""
+
+    result = Result(samples={"test-0": [0.5]})
+    store.update_job(job, status="running", result=result, traceback="line 1")
+    seen = weakref.ref(result)
+    del result
+    assert store.job(job)["result"] is seen()
+    store.update_job(job, status="succeeded")
+    gc.collect()
+    assert seen() is None and store.job_status(job) == "succeeded"
+    for opened_again in (False, True):
+        if opened_again:
+            store.close()
+            store = Store(tmp_path / "store.sqlite3")
+        assert not {"result", "traceback"} & store._jobs._jobs[job].keys()
+        found = store.job(job)
+        assert found["status"] == "succeeded" and found["traceback"] == "line 1"
+        assert found["result"] == {"samples": {"test-0": [0.5]}}
+    store.close()
+
+
+def test_the_result_of_a_job_whose_end_cannot_be_written_is_told(store, job):
+    fill_disk(store, job)
+    with pytest.raises(StoreError, match="full"):
+        store.update_job(job, status="succeeded", result={"total_steps": 2})
+    assert store.job_status(job) == "succeeded" and store.job(job)["result"] == {"total_steps": 2}
 
 
 def test_discarding_steps_forgets_their_rollouts(store, job):
@@ -463,6 +521,27 @@ def test_a_killed_process_leaves_a_prefix_of_what_happened(tmp_path):
         assert store._database.read("PRAGMA integrity_check") == [("ok",)]
         assert store._database.read("SELECT count(*) FROM rollouts WHERE status = 'open'") == [(0,)]
         store.close()
+
+
+@pytest.mark.parametrize("which", [{}, {"step": 1}, {"mode": "train"}, {"step": 1, "mode": "train"}])
+def test_a_page_of_a_jobs_rollouts_is_found_without_sorting_them(tmp_path, which):
+    Store(tmp_path / "store.sqlite3").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite3")) as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'rollouts_by%'").fetchall():
+            connection.execute(f"DROP INDEX {name}")  # as in older files
+        connection.commit()
+    store = Store(tmp_path / "store.sqlite3")
+    plans = []
+
+    class Explaining:
+        def read(self, sql, parameters=()):
+            plans.append([row[-1] for row in store._database.read(f"EXPLAIN QUERY PLAN {sql}", parameters)])
+            return store._database.read(sql, parameters)
+
+    assert list(ended_rollouts(Explaining(), Filter("job", **which), after=7)) == []
+    store.close()
+    assert len(plans) == 1 and len(plans[0]) == 1, "one search, nothing sorted"
+    assert "job_id=?" in plans[0][0] and "rowid>?" in plans[0][0]
 
 
 def test_threads_that_have_read_leave_nothing_open(store, job):
