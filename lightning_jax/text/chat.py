@@ -9,8 +9,10 @@ chat template writes behind the reply, found by rendering the conversation with 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _ROLES = ("system", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def build_prompt(
     parent = _extended_call(messages, tools, earlier)
     if parent is not None:
         call = earlier[parent]
-        text = _text_after_reply(tokenizer, messages, tools, len(call.messages))
+        at = len(call.messages)
+        text = _text_after_reply(tokenizer, _with_whole_reply(messages, at, call.reply), tools, at)
         if text is not None:
             recorded = [*call.prompt_ids, *call.sampled_ids]
             text = _without_turn_end(tokenizer, text, call.sampled_ids)
@@ -129,28 +133,64 @@ def _extended_call(messages: list[dict], tools: list[dict], earlier: Sequence[Ca
         length = len(call.messages)  # 0: a call of plain text
         if length < best_length or length >= len(messages) or list(call.tools or ()) != tools:
             continue
-        if _is_reply(messages[length], call.reply) and messages[:length] == list(call.messages):
+        reply = _with_whole_reply(messages, length, call.reply)[length]
+        if _is_reply(reply, call.reply) and messages[:length] == list(call.messages):
             best, best_length = index, length
     return best
+
+
+def _with_whole_reply(messages: list[dict], at: int, reply: dict) -> list[dict]:
+    """The messages, with the calls of `reply` in the one message `messages[at]`; the results stand behind it.
+
+    openai-agents, where a model has Claude's or Gemini's name, sends each call in a message before its result.
+    """
+    ids = {call["id"] for call in reply.get("tool_calls") or ()}
+    if len(ids) < 2:
+        return messages
+
+    def is_part(message: dict) -> bool:
+        return not message["content"] and any(call["id"] in ids for call in message.get("tool_calls") or ())
+
+    answered = list(takewhile(lambda message: message["role"] == "tool" or is_part(message), messages[at + 1 :]))
+    parts = [messages[at], *filter(is_part, answered)]
+    calls = [call for part in parts for call in part.get("tool_calls") or ()]
+    results = [message for message in answered if message["role"] == "tool"]
+    return [*messages[:at], messages[at] | {"tool_calls": calls}, *results, *messages[at + 1 + len(answered) :]]
 
 
 def _is_reply(message: dict, reply: dict) -> bool:
     """Whether a message is a call's reply as SDKs send it back.
 
-    Some strip the white space around the text, and spell the JSON of a call's arguments in their own way.
+    Some strip the white space around the text, take the thought out of it, and spell the JSON of a call's arguments in
+    their own way.
     """
-    text = reply["content"] or ""
-    if message["role"] != "assistant" or message["content"] not in (text, text.strip(), text.rstrip(), text.lstrip()):
+    sent_thought, sent = _thought_and_text(message)
+    thought, text = _thought_and_text(reply)
+    if message["role"] != "assistant" or sent not in (text, text.strip(), text.rstrip(), text.lstrip()):
         return False
-    return _plain_calls(message) == _plain_calls(reply)
+    sent_calls, calls = message.get("tool_calls") or (), reply.get("tool_calls") or ()
+    return sent_thought == thought and len(sent_calls) == len(calls) and all(map(_is_call, sent_calls, calls))
 
 
-def _plain_calls(message: dict) -> list[tuple]:
-    calls = [
-        (call["id"], call["function"]["name"], call["function"]["arguments"])
-        for call in message.get("tool_calls") or ()
-    ]
-    return [(call_id, name, _loaded(arguments)) for call_id, name, arguments in calls]
+def _thought_and_text(message: dict) -> tuple[str, str]:
+    """A message's thought, "" where it has none, and what it says; what had a thought is without white space around.
+
+    LiteLLM sends the thought back as `reasoning_content`, Pydantic AI with line breaks of its own around its tags.
+    """
+    text = message["content"] or ""
+    found = _THOUGHT.match(text)
+    if found:
+        return found[1].strip(), text[found.end() :].strip()
+    thought = message.get("reasoning_content")
+    return ("", text) if thought is None else (thought.strip(), text.strip())
+
+
+def _is_call(sent: dict, made: dict) -> bool:
+    """Whether `sent` is the reply's call `made`; SDKs mend arguments that were cut short, each in its own way."""
+    if (sent["id"], sent["function"]["name"]) != (made["id"], made["function"]["name"]):
+        return False
+    arguments = _loaded(made["function"]["arguments"])
+    return isinstance(arguments, str) or _loaded(sent["function"]["arguments"]) == arguments
 
 
 def _loaded(arguments: str) -> Any:

@@ -120,6 +120,10 @@ def decoded(tokenizer, call: CallRecord) -> Reply:
 def assert_decodes(tokenizer, call: CallRecord) -> None:
     """A call's recorded reply, which is what the agent was given, is what its ids say."""
     functions = [made["function"] for made in call.reply.get("tool_calls", ())]
+    if functions and call.finish_reason == "length":  # in the middle of its last call
+        written = tokenizer.decode(call.sampled_ids, skip_special=True)
+        assert written.startswith(call.reply["content"]) and written.endswith(functions[-1]["arguments"])
+        return
     made = [(function["name"], json.loads(function["arguments"])) for function in functions]
     text, calls = decoded(tokenizer, call)
     told = call.reply["content"]

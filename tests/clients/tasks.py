@@ -3,6 +3,7 @@
 import json
 
 CALL, SAY, RAMBLE = "(call) 2+3?", "(say) it", "(ramble)"
+THINK = {"guided_regex": r"<think>\nso [0-9]\n</think>\n\n[a-f]{4}"}  # a reply in Qwen3's form, as a field of vLLM's
 
 
 def user(text: str) -> list[dict]:

@@ -7,7 +7,7 @@ from langchain.agents import create_agent
 from langchain.agents.middleware import SummarizationMiddleware
 from langchain_anthropic import ChatAnthropic
 from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
@@ -121,6 +121,19 @@ def test_forced_tools(rollout, model_of):
     for choice in ("any", "add"):
         reply = model_of(rollout.url).bind_tools(tools, tool_choice=choice).invoke(SAY)
         assert reply.tool_calls and (choice == "any" or reply.tool_calls[0]["name"] == "add")
+
+
+@dialects
+def test_a_call_that_was_cut_short_is_gone_on_from(rollout, model_of):
+    tools = [tool(function) for function in rollout.tools(1)]
+    model = model_of(rollout.url, max_tokens=40).bind_tools(tools, tool_choice="add")
+    messages = [HumanMessage(CALL)]
+    for _ in range(3):
+        pieces = list(model.stream(messages))
+        reply = sum(pieces[1:], pieces[0])
+        messages += [reply, ToolMessage("5", tool_call_id=reply.tool_calls[0]["id"])]
+    rollout.finish()
+    assert [(call.parent, call.finish_reason) for call in rollout.calls] == [(n, "length") for n in (None, 0, 1)]
 
 
 @dialects

@@ -7,7 +7,7 @@ import litellm
 import pytest
 
 from .conftest import Sum
-from .tasks import CALL, OPENAI_TOOLS, RAMBLE, SAY, seen_openai, user
+from .tasks import CALL, OPENAI_TOOLS, RAMBLE, SAY, THINK, seen_openai, user
 
 both = pytest.mark.parametrize("dialect", ["openai", "hosted_vllm", "anthropic"])
 
@@ -47,6 +47,18 @@ def test_a_conversation_with_tools_is_one_row(rollout, dialect, streamed):
             messages.append({"role": "tool", "tool_call_id": call.id, "content": functions[name](**arguments)})
     assert len(replies) == 6 and len(rollout.finish()) == 1
     rollout.assert_saw(*replies)
+
+
+@pytest.mark.parametrize("dialect", ["openai", "hosted_vllm"])
+def test_a_thought_that_comes_back_beside_the_text_is_the_replys(rollout, dialect):
+    messages = user(SAY)
+    for _ in range(3):
+        reply = litellm.completion(**options(rollout, dialect), messages=messages, extra_body=THINK)
+        message = reply.choices[0].message
+        assert message.reasoning_content.startswith("\nso ") and "think" not in message.content
+        messages += [message.model_dump(), *user(SAY)]
+    rollout.finish()
+    assert [call.parent for call in rollout.calls] == [None, 0, 1]
 
 
 @both

@@ -6,6 +6,7 @@ import json
 import agents
 import openai
 import pytest
+from agents.extensions.models.litellm_model import LitellmModel
 from agents.models.openai_chatcompletions import OpenAIChatCompletionsModel
 from openai.types.responses import ResponseTextDeltaEvent
 
@@ -87,6 +88,27 @@ async def test_an_agents_conversation_is_one_row(rollout, client_of, model_of, s
     assert len(replies) == 7 and len(rollout.finish()) == 1
     rollout.assert_saw(*replies)
     assert {call.constrained for call in rollout.calls} == {strict}
+
+
+async def test_calls_of_one_reply_that_come_back_one_by_one(rollout):
+    """As it sends them through LiteLLM to a model with this name."""
+    call = r'<tool_call>\{"name": "add", "arguments": \{"a": [0-9], "b": [0-9]\}\}</tool_call>'
+    agent = agents.Agent(
+        "caller",
+        tools=[agents.function_tool(rollout.tools(1)[0], strict_mode=False)],
+        tool_use_behavior="stop_on_first_tool",
+        model=LitellmModel("openai/claude", rollout.url, "any"),
+        model_settings=agents.ModelSettings(extra_body={"guided_regex": f"[a-f]{{4}}{call}{call}"}),
+    )
+    asked = []
+    for _ in range(3):
+        result = await agents.Runner.run(agent, [*asked, {"role": "user", "content": SAY}])
+        asked = result.to_input_list()
+    rollout.finish()
+    assert {len(call.reply["tool_calls"]) for call in rollout.calls} == {2}
+    roles = [message["role"] for message in rollout.calls[1].messages]
+    assert roles == "user assistant tool assistant tool user".split()
+    assert [call.parent for call in rollout.calls] == [None, 0, 1]
 
 
 @both

@@ -4,14 +4,26 @@ import asyncio
 
 import pytest
 from pydantic_ai import Agent, NativeOutput, ToolOutput, exceptions
-from pydantic_ai.messages import ModelRequest, ModelResponse, SystemPromptPart, TextPart, ToolCallPart, UserPromptPart
+from pydantic_ai.direct import model_request_stream
+from pydantic_ai.messages import (
+    ModelRequest,
+    ModelResponse,
+    SystemPromptPart,
+    TextPart,
+    ThinkingPart,
+    ToolCallPart,
+    ToolReturnPart,
+    UserPromptPart,
+)
+from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.tools import ToolDefinition
 
 from .conftest import Sum
-from .tasks import CALL, SAY
+from .tasks import CALL, OPENAI_TOOLS, SAY, THINK
 
 
 def openai_chat(url):
@@ -77,6 +89,34 @@ async def test_an_agents_conversation_is_one_row(rollout, model_of, streamed):
     replies = seen(second.all_messages())
     assert len(replies) == 7 and len(rollout.finish()) == 1
     rollout.assert_saw(*replies)
+
+
+async def test_a_thought_that_comes_back_in_other_spacing_is_the_replys(rollout):
+    agent, history = Agent(openai_chat(rollout.url)), []
+    for _ in range(3):
+        result = await agent.run(SAY, message_history=history, model_settings={"extra_body": THINK})
+        history = result.all_messages()
+    assert sum(isinstance(part, ThinkingPart) for message in history for part in message.parts) == 3
+    rollout.finish()
+    assert [call.parent for call in rollout.calls] == [None, 0, 1]
+
+
+@dialects
+async def test_a_call_that_was_cut_short_is_gone_on_from(rollout, model_of):
+    add = ToolDefinition(name="add", parameters_json_schema=OPENAI_TOOLS[0]["function"]["parameters"])
+    asked = ModelRequestParameters(function_tools=[add], allow_text_output=False)
+    history = [ModelRequest([UserPromptPart(CALL)])]
+    for _ in range(3):
+        settings = {"max_tokens": 40}
+        async with model_request_stream(
+            model_of(rollout.url), history, model_settings=settings, model_request_parameters=asked
+        ) as stream:
+            async for _ in stream:
+                pass
+        (call,) = [part for part in stream.get().parts if isinstance(part, ToolCallPart)]
+        history += [stream.get(), ModelRequest([ToolReturnPart("add", "5", call.tool_call_id)])]
+    rollout.finish()
+    assert [(call.parent, call.finish_reason) for call in rollout.calls] == [(n, "length") for n in (None, 0, 1)]
 
 
 async def test_a_system_message_behind_a_users(rollout):

@@ -190,6 +190,32 @@ def test_longest_matching_call_wins(tokenizer):
     assert build_prompt(tokenizer, canonical_messages(messages), None, [first, second, other]).parent == 0
 
 
+THOUGHT = "<think>\nso 2\n</think>\n\nFour."
+
+
+@pytest.mark.parametrize(
+    "reply, sent, same",
+    [
+        (THOUGHT, assistant("<think>\n\nso 2\n\n</think>\n\n\n\nFour."), True),  # Pydantic AI
+        (THOUGHT, assistant("\n\nFour.") | {"reasoning_content": "\nso 2\n"}, True),  # LiteLLM
+        (THOUGHT, assistant(THOUGHT) | {"reasoning_content": "so 2"}, True),
+        ("<think>\n\n</think>\n\nFour.", assistant("\n\nFour.") | {"reasoning_content": "\n\n"}, True),
+        (THOUGHT, assistant("Four."), False),
+        (THOUGHT, assistant("<think>so 3</think>Four."), False),
+        (THOUGHT, assistant("<think>so 2</think>Five."), False),
+        (THOUGHT, assistant("Four.") | {"reasoning_content": "so 3"}, False),
+        ("Four.", assistant("<think>so 2</think>Four."), False),
+    ],
+)
+def test_a_reply_whose_thought_an_sdk_has_split_off_is_the_same(tokenizers, reply, sent, same):
+    tiny = tokenizers["tiny"]
+    first = sample(tiny, [user("a")], [*tiny.encode(reply), turn_end(tiny)])
+    prompt = build_prompt(tiny, canonical_messages([user("a"), sent, user("c")]), None, [first])
+    assert prompt.parent == (0 if same else None)
+    if same:
+        assert prompt.ids[: len(first.prompt_ids)] == list(first.prompt_ids) and reply in tiny.decode(prompt.ids)
+
+
 @pytest.mark.parametrize(
     "messages, tools",
     [
@@ -277,6 +303,66 @@ def test_an_agents_spelling_of_the_reply_still_matches(tokenizers):
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     answer = {"role": "tool", "tool_call_id": call_id, "content": [{"type": "text", "text": "3"}]}
     assert build_prompt(tiny, canonical_messages([parts, echoed, answer]), TOOLS, [first]).parent == 0
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 2, "b"', "{}", {"a": 2}, '{"INVALID_JSON": "{\\"a\\": 2, \\"b\\""}'])
+def test_a_call_that_was_cut_short_comes_back_as_an_sdk_mends_it(tokenizers, arguments):
+    tiny = tokenizers["tiny"]
+    prompt, sampled = tiny.encode("<|user|>a<|end|><|assistant|>"), tiny.encode('<tool_call>\n{"name": "add", ')
+    reply = assistant("") | {"tool_calls": [call("add", '{"a": 2, "b"')]}
+    cut = Call((user("a"),), TOOLS, reply, tuple(prompt), tuple(sampled))
+
+    def parent_of(made):
+        answer = {"role": "tool", "tool_call_id": made["id"], "content": "3"}
+        messages = [user("a"), assistant(None) | {"tool_calls": [made]}, answer]
+        return build_prompt(tiny, canonical_messages(messages), TOOLS, [cut]).parent
+
+    assert parent_of(call("add", arguments)) == 0
+    assert parent_of(call("sub", arguments)) is None and parent_of(call("add", arguments, "other")) is None
+
+
+def answered(made):
+    return {"role": "tool", "tool_call_id": made["id"], "content": "3"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2", "chatml", "llama2", "llama3"])
+def test_calls_of_one_reply_that_come_back_one_by_one(tokenizers, name):
+    """openai-agents sends each with its result to models with Claude's or Gemini's name."""
+    tokenizer = tokenizers[name]
+    writes = {
+        "hermes": 'Both.<tool_call>{"name": "add"}</tool_call><tool_call>{"name": "add"}</tool_call>',
+        "llama3": '{"name": "add", "parameters": {}}; {"name": "add", "parameters": {}}',
+    }
+    sampled = [*tokenizer.encode(writes[family_of(tokenizer)]), turn_end(tokenizer)]
+    together, apart = [user("1+2?")], [user("1+2?")]
+    calls, expected = [], []
+    for turn in range(3):
+        calls.append(sample(tokenizer, apart, sampled, TOOLS, calls, key=str(turn)))
+        expected.append(sample(tokenizer, together, sampled, TOOLS, expected, key=str(turn)))
+        reply = calls[-1].reply
+        one, two = reply["tool_calls"]
+        together += [reply, answered(one), answered(two)]
+        apart += [reply | {"tool_calls": [one]}, answered(one), assistant(None) | {"tool_calls": [two]}, answered(two)]
+        prompt = build_prompt(tokenizer, canonical_messages(apart), TOOLS, calls)
+        assert prompt.parent == turn
+        assert prompt == build_prompt(tokenizer, canonical_messages(together), TOOLS, expected)
+
+
+def test_calls_that_are_not_of_one_reply_stay_apart(tokenizers):
+    tiny = tokenizers["tiny"]
+    sampled = [*tiny.encode('<tool_call>{"name": "add"}</tool_call>'), turn_end(tiny)]
+    messages, calls = [user("a")], []
+    for turn in range(3):
+        calls.append(sample(tiny, messages, sampled, TOOLS, calls, key=str(turn)))
+        messages += [calls[-1].reply, answered(calls[-1].reply["tool_calls"][0])]
+        assert build_prompt(tiny, canonical_messages(messages), TOOLS, calls).parent == turn
+    fresh = canonical_messages(messages)
+    assert build_prompt(tiny, fresh, TOOLS, []).ids == tiny.encode(tiny.render(fresh, TOOLS))
+    both = sample(tiny, [user("b")], [*sampled[:-1], *sampled], TOOLS)
+    one, two = both.reply["tool_calls"]
+    halves = [assistant(None) | {"tool_calls": [one]}, answered(one), assistant(None) | {"tool_calls": [two]}]
+    between = canonical_messages([user("b"), *halves[:2], user("Well?"), halves[2], answered(two)])
+    assert build_prompt(tiny, between, TOOLS, [both]).parent is None
 
 
 # ---- the exact-token rule -------------------------------------------------------------------------------------------
