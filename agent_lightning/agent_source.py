@@ -167,7 +167,11 @@ def _dumped(value) -> bytes:
 
 # What cloudpickle has a worker import wherever it comes from, and how it is made anew.
 _REMADE = {
-    functools._lru_cache_wrapper: lambda obj: (_cached, (obj.__wrapped__, obj.cache_parameters())),
+    functools._lru_cache_wrapper: lambda obj: (
+        _cached,
+        (obj.__wrapped__, obj.cache_parameters()),
+        {name: value for name, value in vars(obj).items() if name != "__wrapped__"},
+    ),
     typing.NewType: lambda obj: (typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)),
     typing.ParamSpec: lambda obj: (typing.ParamSpec, (obj.__name__,)),
 }

@@ -5,6 +5,7 @@ What the agent prints never touches that socket. The process leaves when the poo
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import contextvars
 import faulthandler
@@ -31,6 +32,7 @@ from agent_lightning.types import Resource, Task
 MAX_TRACEBACK_CHARS = 8000
 PARENT_CHECK_S = 2.0
 EXIT_GRACE_S = 5.0
+THREADS_GRACE_S = 5.0  # for what an async agent has left running in threads
 
 
 class Worker:
@@ -98,34 +100,42 @@ class Worker:
         # One event loop for the worker's life, because agents keep async clients in globals and those are bound to
         # the loop that they first ran on. Imported here: it takes 30 ms that most agents have no use for.
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
         if self._loop_runner is None:
             self._loop_runner = asyncio.Runner()
-        loop = self._loop_runner.get_loop()
-        threads = ThreadPoolExecutor(thread_name_prefix="asyncio")
-        loop.set_default_executor(threads)
+            self._new_threads()
+        is_tidy = False
 
         async def run():
+            nonlocal is_tidy
             try:
                 return await awaitable
-            finally:  # as `asyncio.run` does
+            finally:
                 await asyncio.sleep(0)  # the closing of async generators that were broken off last becomes tasks
                 left = asyncio.all_tasks() - {asyncio.current_task()}
                 for task in left:
                     task.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
-                with ThreadPoolExecutor(1) as waiting:  # they may still need the loop
-                    await loop.run_in_executor(waiting, threads.shutdown)
+                until = time.monotonic() + THREADS_GRACE_S
+                while self._threads.running and time.monotonic() < until:
+                    await asyncio.sleep(0.01)
+                if self._threads.running:
+                    self._new_threads()
+                is_tidy = True
 
         try:
             # In a context as of now: the runner's own would keep the first rollout's trace as every later one's parent.
             return self._loop_runner.run(run(), context=contextvars.copy_context())
-        except (SystemExit, KeyboardInterrupt):  # from a task of the agent's, it leaves `run` behind unfinished
-            runner, self._loop_runner = self._loop_runner, None
-            with contextlib.suppress(SystemExit, KeyboardInterrupt):  # it goes on to whatever waits for that task
-                runner.close()
+        except (SystemExit, KeyboardInterrupt):
+            if not is_tidy:  # it came from a task of the agent's, and left `run` behind
+                runner, self._loop_runner = self._loop_runner, None
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):  # it goes on to whatever waits for that task
+                    runner.close()
             raise
+
+    def _new_threads(self) -> None:
+        self._threads = _Threads(thread_name_prefix="asyncio")
+        self._loop_runner.get_loop().set_default_executor(self._threads)
 
     def _receive(self) -> dict | None:
         while True:
@@ -149,6 +159,24 @@ class Worker:
         if not self._running:
             time.sleep(EXIT_GRACE_S)  # the main thread is leaving in good order
         os.killpg(0, signal.SIGKILL)
+
+
+class _Threads(concurrent.futures.ThreadPoolExecutor):
+    """What `asyncio.to_thread` runs calls in.
+
+    Attributes:
+        running: the calls that have not ended.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.running: set[concurrent.futures.Future] = set()
+
+    def submit(self, function, /, *args, **kwargs) -> concurrent.futures.Future:
+        call = super().submit(function, *args, **kwargs)
+        self.running.add(call)
+        call.add_done_callback(self.running.discard)
+        return call
 
 
 def finite_reward(value) -> float:

@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -221,9 +222,18 @@ def _texts(output: Any) -> tuple[str, ...]:
 def current() -> Recorder | None:
     """The recorder of the rollout that this worker runs; None outside of one, and in what an earlier one left behind.
 
-    A plain thread, which has no context, is taken for a part of the rollout in hand.
+    A plain thread, which has no context, is taken for a part of the rollout in hand, and so is a task that an earlier
+    one has begun: the worker's loop ends those, and one in another loop is a server of the agent's, for all rollouts.
     """
-    return _current if _of_context.get() in (None, _current) else None
+    rollout = _of_context.get()
+    return _current if rollout in (None, _current) or (rollout and _in_event_loop()) else None
+
+
+def _in_event_loop() -> bool:
+    try:
+        return bool(sys.modules["asyncio"].get_running_loop())
+    except (KeyError, RuntimeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -252,11 +252,12 @@ class Engine:
 
     def _take_in(self) -> bool:
         """Moves new requests to the scheduler and ends cancelled ones; True if any was ended."""
+        cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]  # first: those are in the inbox
         while self._inbox:
             self._scheduler.add(self._inbox.popleft())
         ended = False
-        while self._cancelled:
-            sequence = self._in_flight.get(self._cancelled.popleft())
+        for request_id in cancelled:
+            sequence = self._in_flight.get(request_id)
             if sequence is not None:
                 self._deliver(sequence, "cancelled")
                 ended = True

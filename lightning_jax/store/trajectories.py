@@ -28,13 +28,13 @@ class ReadOnly:
     """
 
     def __init__(self, path: str | Path):
-        self._path = Path(path)
+        self._path = Path(path).resolve()  # beside it lies its log, not beside a link to it
         if not self._path.is_file():
             raise StoreError(f"there is no store at {path}", hint="give a run's work directory")
         options = "mode=ro"
         if not os.access(self._path.parent, os.W_OK) and not self._path.with_name(f"{self._path.name}-wal").exists():
             options += "&immutable=1"  # nobody writes it, and SQLite could not make the files of its log beside it
-        self._connection = sqlite3.connect(f"{self._path.absolute().as_uri()}?{options}", uri=True)
+        self._connection = sqlite3.connect(f"{self._path.as_uri()}?{options}", uri=True)
 
     def read(self, sql: str, parameters: Sequence = ()) -> list[tuple]:
         """Rows as last committed."""

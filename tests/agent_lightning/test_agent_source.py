@@ -196,9 +196,10 @@ def test_cached_functions_inside_of_others_can_be_sent():
 
     @functools.cache
     def agent(resource, task):
-        return sum_to(task), sum_to.cache_parameters()["maxsize"]
+        return sum_to(task), sum_to.cache_parameters()["maxsize"], sum_to.note
 
-    assert unpack_agent(pack_agent(agent))[0](None, 4) == (10, 3)
+    sum_to.note = "mine"
+    assert unpack_agent(pack_agent(agent))[0](None, 4) == (10, 3, "mine")
 
 
 def test_only_text_in_sys_path_is_a_folder_as_python_has_it(tmp_path):

@@ -338,6 +338,40 @@ def test_a_thread_with_its_rollouts_context_earns_nothing_in_the_next_one(servin
     assert rewards_of(record) == [0.3], serving_tools.store.rollout_events(record.rollout_id)
 
 
+def test_a_task_in_a_loop_of_the_agents_own_serves_all_rollouts(serving_tools, runtime):
+    """As a tool server in the background does, which has the context of the rollout that started it."""
+
+    def agent(resource, task):
+        import builtins
+
+        from agent_lightning.runtime import tool
+
+        @tool
+        def add():
+            return 4
+
+        async def serve(asked, answered):
+            while True:
+                await asyncio.to_thread(asked.acquire)
+                add()
+                answered.release()
+
+        if not hasattr(builtins, "background"):
+            loop, semaphores = asyncio.new_event_loop(), (threading.Semaphore(0), threading.Semaphore(0))
+            builtins.background = semaphores
+            threading.Thread(target=loop.run_forever, daemon=True).start()
+            asyncio.run_coroutine_threadsafe(serve(*semaphores), loop)
+        asked, answered = builtins.background
+        converse(lambda name: "4", 1)
+        asked.release()
+        answered.acquire(timeout=10)
+        return 1.0
+
+    runtime.set_config({"air_enabled": True})
+    records = serving_tools.run(agent, [{}, {}], nworkers=1)
+    assert [rewards_of(record) for record in records] == [[0.3]] * 2
+
+
 def test_a_function_defined_again_takes_the_place_of_the_earlier_one(runtime):
     """A notebook's cell that runs twice; but functions made in a loop are different ones."""
     air = runtime.air

@@ -379,6 +379,42 @@ def test_threads_of_an_async_agent_end_before_its_rollout_does(served, tmp_path)
     assert [(record.reward, len(record.calls)) for record in records] == [(1.0, 1), (1.0, 0)]
 
 
+def test_an_exit_of_an_async_agents_own_keeps_its_loop_and_its_executor(served):
+    async def agent(resource, task):
+        import builtins
+        from concurrent.futures import ThreadPoolExecutor
+
+        loop = asyncio.get_running_loop()
+        if not hasattr(builtins, "loop_that_stays"):
+            builtins.loop_that_stays = loop
+            loop.set_default_executor(ThreadPoolExecutor(1, "own"))
+        if task.x:
+            sys.exit(1)
+        name = await asyncio.to_thread(lambda: threading.current_thread().name)
+        return int(builtins.loop_that_stays is loop and name.startswith("own"))
+
+    records = served.run(agent, [{"x": 0}, {"x": 1}, {"x": 0}, {"x": 0}], nworkers=1)
+    assert [record.reward for record in records] == [1.0, None, 1.0, 1.0]
+
+
+def test_a_thread_that_never_ends_is_not_waited_for_long(served):
+    """And takes no thread of the next rollout's."""
+
+    async def agent(resource, task):
+        from agent_lightning import worker
+
+        worker.THREADS_GRACE_S = 0.2
+        if task.x:
+            return await asyncio.to_thread(lambda: 1)
+        with contextlib.suppress(TimeoutError):
+            calls = [asyncio.to_thread(threading.Event().wait) for _ in range(40)]
+            await asyncio.wait_for(asyncio.gather(*calls), 0.1)
+        return 1
+
+    records = served.run(agent, [{"x": 0}, {"x": 1}], nworkers=1, timeout_s=20.0)
+    assert [record.reward for record in records] == [1.0, 1.0]
+
+
 def test_a_script_is_an_agent(served, tmp_path):
     path = tmp_path / "my_script.py"
     path.write_text("def helper(a): return a\ndef run(resource, task): return task.x\ndef other(r, t): return -1\n")

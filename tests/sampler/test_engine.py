@@ -1,5 +1,6 @@
 """The engine: the same tokens in any company, and what happens to requests that do not end by themselves."""
 
+import collections
 import dataclasses
 import logging
 import pathlib
@@ -239,6 +240,25 @@ def test_cancel_while_waiting_prefilling_and_running(small, prompts):
     assert len(done["other"].token_ids) == 100
     assert_same({"other": done["other"]}, run(small.engine(), [("other", prompts[0], sampling)]))
     assert engine.stats()["free_pages"] == engine.stats()["num_pages"]
+
+
+def test_who_comes_and_goes_while_others_are_taken_in_is_cancelled(small, prompts):
+    class Inbox(collections.deque):
+        has_looked = False
+
+        def __len__(self):
+            length = super().__len__()
+            if not self.has_looked:
+                self.has_looked = True
+                runner.submit("at once", prompts[0], GREEDY)  # as by another thread, behind the look
+                engine.cancel("at once")
+            return length
+
+    engine = small.engine()
+    runner = Runner(engine)
+    engine._inbox = Inbox()
+    engine.step()
+    assert runner.finish()["at once"].finish_reason == "cancelled"
 
 
 def test_who_waits_for_pages_is_sampled_when_all_others_end_at_once(small, prompts):

@@ -206,31 +206,37 @@ def test_the_command(job, workdir, tmp_path):
 
 
 def test_a_run_on_a_read_only_file_system(tmp_path):
-    (tmp_path / "run").mkdir()
     config = config_lib.merge({"model": {"path": "builtin:tiny"}}, environ={})
-    config_lib.save_json(config, tmp_path / "run" / "config.json")
+    for folder in ("run", "linked"):
+        (tmp_path / folder).mkdir()
+        config_lib.save_json(config, tmp_path / folder / "config.json")
     store = Store(tmp_path / "run" / "store.sqlite3")
-    mount = "mount --bind run run && mount -o remount,ro,bind run"
+    (tmp_path / "linked" / "store.sqlite3").symlink_to("../run/store.sqlite3")
+    mount = " && ".join(f"mount --bind {f} {f} && mount -o remount,ro,bind {f}" for f in ("run", "linked"))
     unshared = ["unshare", "--user", "--map-root-user", "--mount"]
     if os.getuid() == 0:
         unshared = ["unshare", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*unshared, "sh", "-c", mount], cwd=tmp_path).returncode:
         pytest.skip("this machine lets no test mount anything")
-    export = [sys.executable, "-m", "lightning_jax.store.export", tmp_path / "run", tmp_path / "t.jsonl"]
     done = []
-    for is_open in (True, False):  # what its writer has not yet put into the file itself is read as well
-        if is_open:
+    for is_open, folder in (
+        (True, "run"),
+        (True, "linked"),
+        (False, "run"),
+    ):  # what its writer has not yet put into the file itself is read as well
+        export = [sys.executable, "-m", "lightning_jax.store.export", tmp_path / folder, tmp_path / "t.jsonl"]
+        if is_open and folder == "run":
             job = store.create_job({"kind": "train"})
             entry = RolloutEntry("task-0", 0, group=0, sample=0, task={"question": "?"})
             store.open_rollouts(job, step=1, mode="train", entries=[entry], timeout_s=60)
             (lease,) = store.exchange(job, "pool", [], [], 1)["leases"]
             store.exchange(job, "pool", [{"lease_id": lease["lease_id"], "reward": 1.0}], [], 0)
             store.flush()
-        else:
+        if not is_open:
             store.close()
         command = [*unshared, "sh", "-c", f'{mount} && cd {ROOT} && exec "$@"', "sh", *export]
         done.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True))
-    assert [run.stdout for run in done] == [f"1 trajectories in {tmp_path / 't.jsonl'}\n"] * 2, done
+    assert [run.stdout for run in done] == [f"1 trajectories in {tmp_path / 't.jsonl'}\n"] * 3, done
 
 
 def test_parquet_without_its_package(workdir, tmp_path, monkeypatch):
