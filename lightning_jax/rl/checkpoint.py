@@ -236,7 +236,7 @@ def _find(path: str | os.PathLike, item: str | None = None) -> Path:
 def _check_shapes(found: Path, wanted: Any, item: str = "params") -> None:
     """Raises where another model's or optimizer's arrays are stored; Orbax would say so in the middle of reading."""
     with _damage_said(found):
-        stored = _stored_shapes(found / item, (found / item / "_METADATA").stat().st_mtime_ns)
+        stored = _stored_shapes(found / item, (found / item / "_METADATA").stat().st_ctime_ns)
     wanted = _shapes(ocp.tree.serialize_tree(wanted, keep_empty_nodes=True))  # named as what is stored
     if stored != wanted:
         kind = "optimizer" if item == "optimizer" else "model"

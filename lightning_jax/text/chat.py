@@ -108,7 +108,7 @@ def build_continuation(
     if final["role"] != "assistant" or final.get("tool_calls") or not messages:
         raise ValueError("only a last message of the assistant without tool calls can be continued")
     tools = list(tools or ())
-    for index in reversed(range(len(earlier))):
+    for index in sorted(reversed(range(len(earlier))), key=lambda i: not _is_verbatim(final, earlier[i].reply)):
         call = earlier[index]
         if list(call.messages) == messages and list(call.tools or ()) == tools and _is_reply(final, call.reply):
             ids = without_end(tokenizer, call.sampled_ids)
@@ -128,15 +128,21 @@ def without_end(tokenizer: Tokenizer, sampled_ids: Sequence[int]) -> Sequence[in
 
 
 def _extended_call(messages: list[dict], tools: list[dict], earlier: Sequence[Call]) -> int | None:
-    best, best_length = None, 1
+    """The longest that they extend, of equals one whose reply they hold to the letter, of those the latest."""
+    best, best_rank = None, (1, False)
     for index, call in enumerate(earlier):
         length = len(call.messages)  # 0: a call of plain text
-        if length < best_length or length >= len(messages) or list(call.tools or ()) != tools:
+        if length < best_rank[0] or length >= len(messages) or list(call.tools or ()) != tools:
             continue
         reply = _with_whole_reply(messages, length, call.reply)[length]
-        if _is_reply(reply, call.reply) and messages[:length] == list(call.messages):
-            best, best_length = index, length
+        rank = length, _is_verbatim(reply, call.reply)
+        if rank >= best_rank and _is_reply(reply, call.reply) and messages[:length] == list(call.messages):
+            best, best_rank = index, rank
     return best
+
+
+def _is_verbatim(message: dict, reply: dict) -> bool:
+    return (message["content"] or "") == (reply["content"] or "")
 
 
 def _with_whole_reply(messages: list[dict], at: int, reply: dict) -> list[dict]:
@@ -173,16 +179,16 @@ def _is_reply(message: dict, reply: dict) -> bool:
 
 
 def _thought_and_text(message: dict) -> tuple[str, str]:
-    """A message's thought, "" where it has none, and what it says; what had a thought is without white space around.
+    """A message's thought, "" where it has none, and what it says, without white space in between.
 
     LiteLLM sends the thought back as `reasoning_content`, Pydantic AI with line breaks of its own around its tags.
     """
     text = message["content"] or ""
     found = _THOUGHT.match(text)
     if found:
-        return found[1].strip(), text[found.end() :].strip()
+        return found[1].strip(), text[found.end() :].lstrip()
     thought = message.get("reasoning_content")
-    return ("", text) if thought is None else (thought.strip(), text.strip())
+    return ("", text) if thought is None else (thought.strip(), text.lstrip())
 
 
 def _is_call(sent: dict, made: dict) -> bool:

@@ -217,6 +217,32 @@ def test_a_reply_whose_thought_an_sdk_has_split_off_is_the_same(tokenizers, repl
 
 
 @pytest.mark.parametrize(
+    "draft, other",
+    [
+        ("<think>so 2</think>Four.", "<think>so 2</think>\nFour."),
+        ("Four.", "<think>\n\n</think>\n\nFour."),
+        ("Four.", "Four.\n"),
+    ],
+)
+def test_of_drafts_that_are_nearly_the_same_the_one_sent_back_is_gone_on_from(tokenizers, draft, other):
+    tiny = tokenizers["tiny"]
+    calls = [sample(tiny, [user("a")], [*tiny.encode(reply), turn_end(tiny)]) for reply in (draft, other, draft, other)]
+    for reply, parent in ((draft, 2), (other, 3)):
+        sent = [user("a"), assistant(reply)]
+        assert build_prompt(tiny, canonical_messages([*sent, user("c")]), None, calls).parent == parent
+        continued = build_continuation(tiny, canonical_messages(sent), None, calls).ids
+        assert continued == [*calls[parent].prompt_ids, *calls[parent].sampled_ids[:-1]]
+
+
+def test_white_space_that_is_added_to_a_thoughtful_reply_is_written_on(tokenizers):
+    tiny = tokenizers["tiny"]
+    first = sample(tiny, [user("a")], tiny.encode("<think>x</think>\n\nHello"))
+    sent = canonical_messages([user("a"), assistant("<think>x</think>\n\nHello\n\n")])
+    prompt = build_continuation(tiny, sent, None, [first])
+    assert prompt.parent is None and tiny.decode(prompt.ids).endswith("Hello\n\n")
+
+
+@pytest.mark.parametrize(
     "messages, tools",
     [
         ([user("a!"), assistant("b"), user("c")], None),
