@@ -249,21 +249,20 @@ def recording(recorder: Recorder):
         _current = None
 
 
-@contextlib.contextmanager
 def _of_nobody():
     """What happens inside the block, in its context, is no part of a rollout: an agent may have our requests traced."""
-    token = _of_context.set(False)
-    try:
-        yield
-    finally:
-        _of_context.reset(token)
+    return _having(_of_context, False)
+
+
+def inside_tool():
+    """Tools that begin inside the block, in its context, are parts of the one that runs."""
+    return _having(_inside_tool, True)
 
 
 @contextlib.contextmanager
-def inside_tool():
-    """Tools that begin inside the block, in its context, are parts of the one that runs."""
-    token = _inside_tool.set(True)
+def _having(variable: contextvars.ContextVar, value: Any):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _inside_tool.reset(token)
+        variable.reset(token)

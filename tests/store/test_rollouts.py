@@ -279,17 +279,7 @@ def test_wait_reports_progress_and_stops(store, job):
     assert seen == [1]
 
 
-def test_wait_looks_at_each_rollout_once_however_many_there_are(store, job):
-    looked_at = 0
-
-    class Id(int):
-        __hash__ = int.__hash__
-
-        def __eq__(self, other):
-            nonlocal looked_at
-            looked_at += 1
-            return int(self) == other
-
+def test_wait_looks_at_each_rollout_once_however_many_there_are(store, job, comparisons):
     ids = open_some(store, job, 100)
     leases = lease(store, job, want=100)
 
@@ -298,8 +288,8 @@ def test_wait_looks_at_each_rollout_once_however_many_there_are(store, job):
             one = leases.pop()
             end(store, job, one["lease_id"], running=[other["lease_id"] for other in leases], reward=1.0)
 
-    store.wait(job, [Id(rollout_id) for rollout_id in ids], progress=end_next)
-    assert len(store.finished(ids)) == 100 and 100 <= looked_at <= 300
+    store.wait(job, list(map(comparisons.of(int), ids)), progress=end_next)
+    assert len(store.finished(ids)) == 100 and 100 <= comparisons.count <= 300
 
 
 def test_an_exchange_waits_for_leases(store, job):
