@@ -5,7 +5,8 @@ and the token's position. So what a request samples does not depend on its batch
 costs two numbers per row instead of one per vocabulary entry. Nothing here sorts the vocabulary.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -159,10 +160,11 @@ def _filtered(x_bv: jax.Array, temperature_b: jax.Array, top_k_b: jax.Array, top
     filtered_b = ((top_k_b > 0) | (top_p_b < 1.0)) & (temperature_b > 0.0)
 
     def lowest(x_bv: jax.Array) -> jax.Array:
-        weight_bv = jnp.exp(x_bv - jnp.max(x_bv, axis=-1, keepdims=True))
+        most_b1 = _reduced(jnp.maximum, x_bv)[:, None]
+        weight_bv = jnp.exp(x_bv - most_b1)
         least_b1 = _least_weight(weight_bv, top_k_b, top_p_b)[:, None]
         kept_bv = (weight_bv >= least_b1) & (weight_bv > 0.0)
-        return jnp.where(filtered_b, jnp.min(jnp.where(kept_bv, x_bv, jnp.inf), axis=-1), -jnp.inf)
+        return jnp.where(filtered_b, _reduced(jnp.minimum, jnp.where(kept_bv, x_bv, jnp.inf)), -jnp.inf)
 
     # One number a row: logits that a branch only passes on are copied.
     lowest_b = jax.lax.cond(
@@ -184,8 +186,20 @@ def _block_sums(x_bnm: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Beside its own largest entry, and not the row's, which all of the row would have to be read for first.
     """
-    most_bn = jnp.maximum(jnp.max(x_bnm, axis=-1), jnp.finfo(x_bnm.dtype).min)
-    return most_bn, jnp.sum(jnp.exp(x_bnm - most_bn[..., None]), axis=-1)
+    most_bn = jnp.maximum(_reduced(jnp.maximum, x_bnm), jnp.finfo(x_bnm.dtype).min)
+    return most_bn, _reduced(jnp.add, x_bnm, lambda x_bnm: jnp.exp(x_bnm - most_bn[..., None]))
+
+
+def _reduced(ufunc: jnp.ufunc, x: jax.Array, of: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """Reduces the last axis of `of(x)`, elementwise, by a ufunc that may take entries in any order.
+
+    On CPU by eighths, each entry with those at its place in the others, for XLA's own reductions are many times slower.
+    """
+    width, rest = divmod(x.shape[-1], 8)
+    if mesh.platform() != "cpu" or rest or width < 8:
+        return ufunc.reduce(of(x), axis=-1)
+    eighths = [of(x[..., i * width : (i + 1) * width]) for i in range(8)]
+    return _reduced(ufunc, functools.reduce(ufunc, eighths))
 
 
 def _entry(x_bn: jax.Array, index_b: jax.Array) -> jax.Array:
@@ -206,35 +220,41 @@ def _least_weight(weight_bv: jax.Array, top_k_b: jax.Array, top_p_b: jax.Array) 
     """The least weight that top-k and then top-p keep, [B] float32.
 
     Found by bisection over the bits of the float, which order like integers for numbers >= 0: exact, in as many passes
-    as there are bits or a third of it, with no sort; and only what somebody asks for.
+    as there are bits or a third of it, with no sort; and only what somebody asks for. No weight may be above 1.
     """
-    at_once = 1 if mesh.platform() == "cpu" else 3  # bits: elsewhere several sums are made of what is read once
+    on_cpu = mesh.platform() == "cpu"
+    at_once = 1 if on_cpu else 3  # bits: elsewhere several sums are made of what is read once
+    weight_bnm = weight_bv[:, None] if on_cpu else _in_blocks(weight_bv, 0.0)
 
-    def highest(weight_bnm: jax.Array, amount_bnm: jax.Array | int, enough_b: jax.Array) -> jax.Array:
-        """The highest threshold, [B] float32, from which on the weights' amounts still add up to enough."""
+    def amounts_from(of: Callable[[jax.Array], jax.Array], least_b: jax.Array) -> jax.Array:
+        """What each block's weights from the least on add up to, [B, N]."""
+
+        def kept(weight_bnm: jax.Array) -> jax.Array:
+            return jnp.where(weight_bnm >= least_b[:, None, None], of(weight_bnm), 0)
+
+        return _reduced(jnp.add, weight_bnm, kept)
+
+    def highest(of: Callable[[jax.Array], jax.Array], least_b: jax.Array, enough_b: jax.Array) -> jax.Array:
+        """The highest threshold, [B] float32, from which on, and from the least on, they still add up to enough."""
 
         def step(i: jax.Array, low_b: jax.Array) -> jax.Array:
-            place = 30 - at_once * (i + 1)  # bit 30 is that of 2 and more, and no weight is above 1
+            place = 30 - at_once * (i + 1)  # bit 30 is that of 2 and more
             bits_kb = low_b + (jnp.arange(1, 1 << at_once, dtype=jnp.int32)[:, None] << place)
-            threshold_kb = jax.lax.bitcast_convert_type(bits_kb, jnp.float32)
-            kept_bnm = (jnp.where(weight_bnm >= t_b[:, None, None], amount_bnm, 0) for t_b in threshold_kb)
-            amount_kbn = jnp.stack([jnp.sum(kept, axis=-1) for kept in kept_bnm])
+            threshold_kb = jnp.maximum(jax.lax.bitcast_convert_type(bits_kb, jnp.float32), least_b)
+            amount_kbn = jnp.stack([amounts_from(of, threshold_b) for threshold_b in threshold_kb])
             return low_b + (jnp.sum(jnp.sum(amount_kbn, axis=-1) >= enough_b, axis=0, dtype=jnp.int32) << place)
 
-        low_b = jax.lax.fori_loop(0, 30 // at_once, step, jnp.zeros(weight_bv.shape[0], jnp.int32))
-        return jax.lax.bitcast_convert_type(low_b, jnp.float32)
+        low_b = jax.lax.fori_loop(0, 30 // at_once, step, jnp.zeros(least_b.size, jnp.int32))
+        return jnp.minimum(jax.lax.bitcast_convert_type(low_b, jnp.float32), 1.0)  # top_p 0 keeps the likeliest
 
-    def by_count(weight_bv: jax.Array) -> jax.Array:
-        count_b = jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1])
-        return highest(_in_blocks(weight_bv, 0.0), 1, count_b)
+    def by_count(nothing_b: jax.Array) -> jax.Array:
+        return highest(jnp.ones_like, nothing_b, jnp.where(top_k_b > 0, top_k_b, weight_bv.shape[-1]))
 
-    def by_mass(weight_bv: jax.Array, least_b: jax.Array) -> jax.Array:
-        weight_bv = jnp.where(weight_bv >= least_b[:, None], weight_bv, 0.0)
-        weight_bnm = _in_blocks(weight_bv, 0.0)
-        least_of_mass_b = highest(weight_bnm, weight_bnm, top_p_b * jnp.sum(weight_bv, axis=-1))
-        least_of_mass_b = jnp.minimum(least_of_mass_b, jnp.max(weight_bv, axis=-1))  # top_p 0 keeps the likeliest
+    def by_mass(least_b: jax.Array) -> jax.Array:
+        itself = jnp.positive
+        least_of_mass_b = highest(itself, least_b, top_p_b * jnp.sum(amounts_from(itself, least_b), axis=-1))
         return jnp.where(top_p_b < 1.0, jnp.maximum(least_of_mass_b, least_b), least_b)
 
     nothing_b = jnp.zeros(weight_bv.shape[0], weight_bv.dtype)
-    least_b = jax.lax.cond(jnp.any(top_k_b > 0), by_count, lambda _: nothing_b, weight_bv)
-    return jax.lax.cond(jnp.any(top_p_b < 1.0), by_mass, lambda _, least_b: least_b, weight_bv, least_b)
+    least_b = jax.lax.cond(jnp.any(top_k_b > 0), by_count, lambda nothing_b: nothing_b, nothing_b)
+    return jax.lax.cond(jnp.any(top_p_b < 1.0), by_mass, lambda least_b: least_b, least_b)

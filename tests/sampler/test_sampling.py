@@ -1,5 +1,8 @@
 """Sampling against the definitions: softmax, top-k and top-p written out with sorts, and chi-square tests."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import scipy.stats
 
 from lightning_jax import mesh
+from lightning_jax.sampler import programs
 from lightning_jax.sampler.request import noise_key
 from lightning_jax.sampler.sampling import sample, uniform_noise
 
@@ -47,7 +51,7 @@ def noise(n: int, *parts) -> np.ndarray:
     return np.asarray(uniform_noise(key, jnp.arange(n)[None]))[0]
 
 
-@pytest.mark.parametrize("vocab", [2, 37, 264, 1500])
+@pytest.mark.parametrize("vocab", [2, 37, 264, 1500, 4096])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.6)]
 )
@@ -99,9 +103,10 @@ def test_top_p_zero_and_top_k_one_leave_the_likeliest():
         np.testing.assert_allclose(logprob, 0.0, atol=1e-6)
 
 
-def test_several_bits_at_once_find_the_same_thresholds(monkeypatch):
+@pytest.mark.parametrize("vocab", [1500, 4096])
+def test_several_bits_at_once_find_the_same_thresholds(vocab, monkeypatch):
     """Accelerators take more than one bit of a threshold from each pass over the vocabulary."""
-    n, vocab = 32, 1500
+    n = 32
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(n, vocab)).astype(np.float32) * rng.uniform(0.1, 10.0, (n, 1)).astype(np.float32)
     logits[:8] = np.round(logits[:8])  # many of them equal
@@ -113,6 +118,19 @@ def test_several_bits_at_once_find_the_same_thresholds(monkeypatch):
     several = jax.jit(lambda *arguments: sample(*arguments))(*arguments)  # a function that is traced again
     np.testing.assert_array_equal(one[0], several[0])
     np.testing.assert_allclose(one[1], several[1], rtol=0, atol=1e-6)  # sums may be rounded in another order
+
+
+def test_no_reduction_of_a_vocabulary_is_left_to_xla():
+    """On CPU it would make windows of 32 entries of it, in a loop that computes one number at a time."""
+    rows, vocab = 2, 49152
+    row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)  # noqa: E731
+    arguments = (row(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32))
+    logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
+    program = jax.jit(sample, compiler_options=programs.compiler_options("cpu")).lower(logits, *arguments).compile()
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* reduce-window\(", program.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    assert sizes, "running sums over blocks and within one are made of windows"
+    assert max(sizes) < rows * vocab / 64
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all():
