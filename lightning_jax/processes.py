@@ -9,7 +9,8 @@ goes round by JAX's own collectives. A process that ends, for whatever reason, i
 the others end as well: nobody waits for somebody who is gone.
 """
 
-import multiprocessing.connection
+import contextlib
+import multiprocessing
 import os
 import queue
 import secrets
@@ -17,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NoReturn
 
 import jax
@@ -34,7 +36,7 @@ _HINT = "set distributed.coordinator (HOST:PORT of process 0), num_processes and
 class Leader:
     """Process 0's side. All but `close` belongs to the device thread, so that everybody's order is the same."""
 
-    def __init__(self, connections: dict[int, multiprocessing.connection.Connection]):
+    def __init__(self, connections: dict[int, Connection]):
         """Takes a connection to each of the other processes, by number."""
         self._connections = connections
         self._closed = False
@@ -89,7 +91,7 @@ class Leader:
             if (word is None) != (failure is None) and not isinstance(failure, AgentLightningError):
                 _end(f"{name} failed in process {number if word else 0} alone: {word or repr(failure)}")
 
-    def _listen(self, number: int, connection: multiprocessing.connection.Connection) -> None:
+    def _listen(self, number: int, connection: Connection) -> None:
         """One process's words, each about a call of `run`."""
         try:
             while True:
@@ -108,7 +110,7 @@ class Leader:
 class Follower:
     """Every other process's side."""
 
-    def __init__(self, connection: multiprocessing.connection.Connection):
+    def __init__(self, connection: Connection):
         self._connection = connection
         self._calls: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -193,23 +195,26 @@ def _check(settings: ml_collections.ConfigDict) -> None:
 def _lead(host: str) -> Leader:
     key = secrets.token_bytes(32)
     bound = host if host in ("localhost", "127.0.0.1") else "0.0.0.0"
-    with multiprocessing.connection.Listener((bound, 0), backlog=jax.process_count(), authkey=key) as listener:
+    with Listener((bound, 0), backlog=jax.process_count(), authkey=key) as listener:
         address = f"{key.hex()} {host}:{listener.address[1]}".encode()
         _broadcast(address)
-        connections = {}
-        while len(connections) < jax.process_count() - 1:
-            try:
-                connection = listener.accept()
-            except multiprocessing.AuthenticationError:  # somebody else's
-                continue
+        return Leader(_accept(listener, jax.process_count() - 1))
+
+
+def _accept(listener: Listener, count: int) -> dict[int, Connection]:
+    """`Leader`'s connections to so many processes; somebody else's, who has not the key, are closed."""
+    connections = {}
+    while len(connections) < count:
+        with contextlib.suppress(multiprocessing.AuthenticationError, EOFError, OSError):
+            connection = listener.accept()
             connections[connection.recv()] = connection
-    return Leader(connections)
+    return connections
 
 
 def _connect() -> Follower:
     key, _, address = _broadcast(b"").decode().partition(" ")
     host, _, port = address.rpartition(":")
-    connection = multiprocessing.connection.Client((host, int(port)), authkey=bytes.fromhex(key))
+    connection = Client((host, int(port)), authkey=bytes.fromhex(key))
     connection.send(jax.process_index())
     return Follower(connection)
 

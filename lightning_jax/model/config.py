@@ -96,6 +96,9 @@ class LlamaConfig:
             raise InvalidConfigError(f"config.json lacks {', '.join(missing)}")
         sizes += [key for key in ("num_key_value_heads", "head_dim") if hf.get(key) is not None]
         check_numbers("config.json", {key: hf[key] for key in sizes})
+        window = _sliding_window(hf)
+        check_numbers("config.json", {"sliding_window": 1 if window is None else window})
+        check_numbers("config.json", {"rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}, float)
         _reject_unsupported(hf)
         theta, scaling = _rope(hf)
         eos = hf.get("eos_token_id")
@@ -115,7 +118,7 @@ class LlamaConfig:
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            sliding_window=_sliding_window(hf),
+            sliding_window=window,
             max_seq_len=hf["max_position_embeddings"],
             model_type=family,
             bos_id=next(iter(bos), None) if isinstance(bos, list) else bos,

@@ -1,5 +1,7 @@
 """Two processes with half of the devices each run the job that one process with all of them runs, or end together."""
 
+import concurrent.futures
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -155,6 +157,20 @@ except TrainingError:
     time.sleep(2.0)
 leader.close()
 """
+
+
+def test_strangers_at_the_port_keep_nobody_out():
+    """A port scanner hangs up, a browser speaks first."""
+    key = b"key"
+    with multiprocessing.connection.Listener(("127.0.0.1", 0), authkey=key) as listener:
+        socket.create_connection(listener.address).close()
+        with socket.create_connection(listener.address) as browser:
+            browser.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                accepted = pool.submit(lightning_jax.processes._accept, listener, 1)
+                with multiprocessing.connection.Client(listener.address, authkey=key) as client:
+                    client.send(1)
+                    assert list(accepted.result(30)) == [1]
 
 
 def test_an_error_that_all_had_alike_ends_nobody_later():

@@ -231,6 +231,8 @@ BROKEN = {
     "config.json's num_hidden_layers is 0;": lambda f: change_config(f, num_hidden_layers=0),
     "config.json's hidden_size is 24.5;": lambda f: change_config(f, hidden_size=24.5),
     r"config.json's num_key_value_heads is \[2, 1\];": lambda f: change_config(f, num_key_value_heads=[2, 1]),
+    "config.json's rms_norm_eps is None;": lambda f: change_config(f, rms_norm_eps=None),
+    "config.json's sliding_window is 0;": lambda f: change_config(f, model_type="mistral", sliding_window=0),
     "4 attention heads cannot share 8 key/value heads": lambda f: change_config(f, num_key_value_heads=8),
     "config.json lacks max_position_embeddings": lambda f: change_config(f, max_position_embeddings=None),
     "cannot be read: AttributeError": lambda f: (f / "config.json").write_text("[]"),
