@@ -92,10 +92,11 @@ def rank(
         logprob_bn: [B, count] float32, nats; -inf for tokens without any probability.
     """
     x_bv = _filtered(x_bv, temperature_b, top_k_b, top_p_b)
-    top_bn, token_bn = jax.lax.top_k(x_bv, count)
-    relative_bn = top_bn - top_bn[:, :1]
-    total_b1 = jnp.sum(jnp.exp(x_bv - top_bn[:, :1]), axis=-1, keepdims=True)
-    return token_bn, jnp.where(jnp.exp(relative_bn) > 0.0, relative_bn - jnp.log(total_b1), -jnp.inf)
+    most_b1 = _reduced(jnp.maximum, x_bv)[:, None]
+    top_bn, token_bn = jax.lax.top_k(x_bv, count)  # the first of them would be a slice, for which XLA on CPU sorts all
+    relative_bn = top_bn - most_b1
+    total_b = _reduced(jnp.add, x_bv, lambda x_bv: jnp.exp(x_bv - most_b1))
+    return token_bn, jnp.where(jnp.exp(relative_bn) > 0.0, relative_bn - jnp.log(total_b)[:, None], -jnp.inf)
 
 
 class Penalties(NamedTuple):

@@ -1,5 +1,6 @@
 """Sampling against the definitions: softmax, top-k and top-p written out with sorts, and chi-square tests."""
 
+import functools
 import math
 import re
 
@@ -12,7 +13,7 @@ import scipy.stats
 from lightning_jax import mesh
 from lightning_jax.sampler import programs
 from lightning_jax.sampler.request import noise_key
-from lightning_jax.sampler.sampling import sample, uniform_noise
+from lightning_jax.sampler.sampling import rank, sample, uniform_noise
 
 
 def reference_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -120,17 +121,20 @@ def test_several_bits_at_once_find_the_same_thresholds(vocab, monkeypatch):
     np.testing.assert_allclose(one[1], several[1], rtol=0, atol=1e-6)  # sums may be rounded in another order
 
 
-def test_no_reduction_of_a_vocabulary_is_left_to_xla():
-    """On CPU it would make windows of 32 entries of it, in a loop that computes one number at a time."""
+def test_no_vocabulary_is_reduced_or_sorted_by_xla():
+    """On CPU it would make windows of 32 entries of it, in a loop that computes one number at a time; and it sorts a
+    vocabulary whose likeliest entries are asked for, unless they are all that is taken from it."""
     rows, vocab = 2, 49152
     row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)  # noqa: E731
-    arguments = (row(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32))
-    logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
-    program = jax.jit(sample, compiler_options=programs.compiler_options("cpu")).lower(logits, *arguments).compile()
-    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* reduce-window\(", program.as_text())
+    filters = [row(dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32)]
+    logits, options = jax.ShapeDtypeStruct((rows, vocab), jnp.float32), programs.compiler_options("cpu")
+    program = jax.jit(sample, compiler_options=options).lower(logits, *filters, row(jnp.float32)).compile()
+    ranking = jax.jit(functools.partial(rank, count=20), compiler_options=options).lower(logits, *filters).compile()
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* reduce-window\(", program.as_text() + ranking.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     assert sizes, "running sums over blocks and within one are made of windows"
     assert max(sizes) < rows * vocab / 64
+    assert " sort(" not in ranking.as_text()
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all():
