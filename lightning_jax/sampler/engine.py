@@ -283,7 +283,7 @@ class Engine:
 
     def _plan_decode(self) -> list[scheduler.Sequence]:
         members = self._scheduler.plan_decode()
-        while members is None:
+        while members is None or (self._rounds and self._in_step()):
             if self._rounds:  # what is in flight may end some; and a preempted one needs its tokens
                 self._read_round()
             else:
@@ -307,10 +307,21 @@ class Engine:
             sequence.fresh = False
         self._rounds.append(_Round(entries, sampled, top, self.version))
 
+    def _in_step(self) -> bool:
+        """Whether all take one step at a time together, and no round is begun before the last one is read.
+
+        So it is where most wait for the host after each token, for otherwise some of these would sample in one round,
+        the rest in the next, and a round takes as long for few as for many.
+        """
+        running = self._scheduler.running.values()
+        return 3 * sum(sequence.stepwise for sequence in running) > 2 * len(running)
+
     def _round_steps(self, members: list[scheduler.Sequence], waiting: list[scheduler.Sequence]) -> int:
         """Steps of a round. Who waits for the host after each token gets one in every second round: so rounds become
         shorter as such requests become more, and stay long where one of them is among many others.
         """
+        if self._in_step():
+            return 1
         stepwise = len(waiting) + sum(sequence.stepwise for sequence in members)
         free = len(members) + len(waiting) - stepwise
         if not stepwise:

@@ -392,3 +392,18 @@ def test_one_grammar_slows_nobody_down_much(model, prompts):
     done = run(engine, [*free, ("json", prompts[0], pointed(0, max_tokens=20))])
     assert engine.stats()["decode_rounds"] - alone < 3 * alone
     assert len(done["json"].token_ids) == 20
+
+
+@pytest.mark.parametrize("free", [0, 2])
+def test_who_waits_for_the_host_samples_in_the_same_rounds_as_the_others_who_do(model, prompts, free):
+    """Though they came at other times; and a few who need not wait are no reason to take turns."""
+    engine = model.engine(**SIZES)
+    runner = Runner(engine)
+    counted = {"max_tokens": 40, "ignore_eos": True, "presence_penalty": 1.0}
+    for i in range(8):
+        runner.submit(f"{i}", prompts[0], sampling(i, **counted))
+        engine.step()
+    for i in range(free):
+        runner.submit(f"free {i}", prompts[0], sampling(i, max_tokens=40, ignore_eos=True))
+    runner.finish()
+    assert engine.stats()["decode_steps"] < 40 + 16
