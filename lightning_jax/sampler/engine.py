@@ -313,8 +313,8 @@ class Engine:
         So it is where most wait for the host after each token, for otherwise some of these would sample in one round,
         the rest in the next, and a round takes as long for few as for many.
         """
-        running = self._scheduler.running.values()
-        return 3 * sum(sequence.stepwise for sequence in running) > 2 * len(running)
+        prefilled = [s for s in self._scheduler.running.values() if s.computed >= s.target]
+        return 3 * sum(sequence.stepwise for sequence in prefilled) > 2 * len(prefilled)
 
     def _round_steps(self, members: list[scheduler.Sequence], waiting: list[scheduler.Sequence]) -> int:
         """Steps of a round. Who waits for the host after each token gets one in every second round: so rounds become
