@@ -158,9 +158,10 @@ def start_jax(config: ml_collections.ConfigDict) -> processes.Leader | processes
 def follow(config: ml_collections.ConfigDict, follower: processes.Follower) -> None:
     """Does what process 0 does on the devices, until that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may reach all processes at once, and process 0 decides
+    if config.mode == "plan":
+        return
     with contextlib.closing(Policies(config)) as policies:
-        if config.mode != "plan":
-            follower.follow(policies)
+        follower.follow(policies)
 
 
 def serve(config: ml_collections.ConfigDict, leader: processes.Leader | None) -> None:

@@ -64,6 +64,13 @@ def test_two_processes_run_the_job_of_one(tmp_path, monkeypatch):
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_two_processes_plan(tmp_path):
+    both = processes(runs.command(tmp_path / "two", *SMALL, "--config.mode=plan"), 2)
+    outputs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n\n".join(outputs)
+    assert "everything fits" in outputs[0]
+
+
 def test_an_interrupt_of_both_loses_nothing_and_its_checkpoint_is_evaluated_and_downloaded(tmp_path):
     workdir = tmp_path / "run"
     both = processes(runs.command(workdir, *SMALL, "--config.runtime.total_steps=50"), 1)
