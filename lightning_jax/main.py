@@ -159,7 +159,7 @@ def follow(config: ml_collections.ConfigDict, follower: processes.Follower) -> N
     """Does what process 0 does on the devices, until that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may reach all processes at once, and process 0 decides
     if config.mode == "plan":
-        return
+        return follower.follow(None)
     with contextlib.closing(Policies(config)) as policies:
         follower.follow(policies)
 
