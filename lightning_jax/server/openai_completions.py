@@ -129,10 +129,10 @@ class _Writer:
             for _ in range(self._body.n or 1):
                 choices.append(self._choice(len(choices), echo, "", nothing, "length", self._offsets(echo)))
         usage = openai_shared.usage(sum(len(echo.prompt_ids) for echo in self._echoes), 0, 0)
-        content = self._envelope | {"choices": choices, "usage": usage}
         if not self._body.stream:
-            return wire.json_response(content)
-        return Response(wire.event(content) + openai_shared.DONE, media_type="text/event-stream")
+            return wire.json_response(self._envelope | {"choices": choices, "usage": usage})
+        events = [*(self._chunk(choice, usage) for choice in choices), self._end(usage)]
+        return Response(b"".join(events), media_type="text/event-stream")
 
     def response(self, replies: Sequence[GenerateReply]) -> dict:
         choices = []
@@ -146,18 +146,11 @@ class _Writer:
 
     async def events(self, generations: Sequence[Generation], request: Request) -> AsyncGenerator[bytes, None]:
         """The chunks of a stream. Every prompt is sampled at once, and told in order."""
-        options = self._body.stream_options or openai_shared.StreamOptions()
         samples = self._body.n or 1
 
         def usage() -> dict:
             counts = [(len(g.prompt_ids), g.completion_tokens, g.cached_tokens) for g in generations]
             return openai_shared.usage(*map(sum, zip(*counts, strict=True)))
-
-        def chunk(choice: dict) -> bytes:
-            content = self._envelope | {"choices": [choice]}
-            if options.include_usage:
-                content["usage"] = usage() if options.continuous_usage_stats else None
-            return wire.event(content)
 
         for position, (echo, generation) in enumerate(zip(self._echoes, generations, strict=True)):
             begun, offsets = [False] * samples, [self._offsets(echo) for _ in range(samples)]
@@ -171,10 +164,24 @@ class _Writer:
                 opening = None if begun[i] else echo
                 choice = self._choice(position * samples + i, opening, delta.content, delta, reason, offsets[i])
                 begun[i] = True
-                yield chunk(choice)
-        if options.include_usage:
-            yield wire.event(self._envelope | {"choices": [], "usage": usage()})
-        yield openai_shared.DONE
+                yield self._chunk(choice, usage())
+        yield self._end(usage())
+
+    @property
+    def _options(self) -> openai_shared.StreamOptions:
+        return self._body.stream_options or openai_shared.StreamOptions()
+
+    def _chunk(self, choice: dict, usage: dict) -> bytes:
+        """What is new of a sample, in a stream; `usage` so far."""
+        content = self._envelope | {"choices": [choice]}
+        if self._options.include_usage:
+            content["usage"] = usage if self._options.continuous_usage_stats else None
+        return wire.event(content)
+
+    def _end(self, usage: dict) -> bytes:
+        """A stream's last events."""
+        total = wire.event(self._envelope | {"choices": [], "usage": usage}) if self._options.include_usage else b""
+        return total + openai_shared.DONE
 
     def _choice(
         self,

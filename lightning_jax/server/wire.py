@@ -83,8 +83,10 @@ def json_response(content: Any, status: int = 200, retry_after_s: int | None = N
 
 
 def event(content: Any, name: str | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event. What some clients take for the end of a line in it is escaped."""
     data = b"data: " + dumps(content) + b"\n\n"
+    for character in ("\x85", "\u2028", "\u2029"):
+        data = data.replace(character.encode(), f"\\u{ord(character):04x}".encode())
     return data if name is None else f"event: {name}\n".encode() + data
 
 

@@ -263,8 +263,8 @@ def _lark(*rules: str) -> str:
 
 
 def _text(text: str) -> str:
-    """A text as Lark writes it."""
-    return json.dumps(text, ensure_ascii=False)
+    """A text as Lark writes it, which takes no control character as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _json(schema: Any, *, lenient: bool = False) -> str:

@@ -1,5 +1,8 @@
 """Completions, as the openai package sees them."""
 
+import json
+
+import httpx
 import openai
 import pytest
 from openai.types import Completion
@@ -138,6 +141,24 @@ def test_a_stream_is_the_reply_in_pieces(client):
         assert mine[0].prompt_token_ids == choice.prompt_token_ids
         assert [c.finish_reason for c in mine if c.finish_reason] == ["length"] and len(mine) > 2
     assert chunks[-1].usage.completion_tokens == 48 and chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_stream_of_the_prompts_alone_is_one_as_any(client):
+    options = {"model": "m", "prompt": ["One", "Two"], "echo": True, "max_tokens": 0, "stream": True}
+    *chunks, last = client.completions.create(**options, stream_options={"include_usage": True})
+    assert [choice.text for chunk in chunks for choice in chunk.choices] == ["One", "Two"]
+    assert last.choices == [] and last.usage.total_tokens == last.usage.prompt_tokens == 6
+    assert [chunk.usage for chunk in client.completions.create(**options)] == [None, None]
+
+
+def test_a_streams_lines_are_the_same_to_every_client(serving):
+    """Some, as LiteLLM, end a line wherever Python's `splitlines` does."""
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\r\n"
+    body = {"model": "m", "prompt": text, "echo": True, "max_tokens": 1, "stream": True}
+    with httpx.stream("POST", f"{serving.url}/completions", json=body) as reply:
+        *events, end = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    told = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert told.startswith(text) and end == "[DONE]"
 
 
 @pytest.mark.parametrize(
