@@ -212,12 +212,10 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _sliding_window(hf: dict[str, Any]) -> int | None:
     """The window that all layers share."""
-    window = hf.get("sliding_window")
-    if hf["model_type"] == "mistral":
-        return window
-    if window is None or hf["model_type"] == "llama" or not hf.get("use_sliding_window"):
+    window, family = hf.get("sliding_window"), hf["model_type"]
+    if window is None or family == "llama" or (family != "mistral" and not hf.get("use_sliding_window")):
         return None
-    full_layers = min(hf.get("max_window_layers", 28), hf["num_hidden_layers"])
+    full_layers = 0 if family == "mistral" else min(hf.get("max_window_layers", 28), hf["num_hidden_layers"])
     sliding = [kind == "sliding_attention" for kind in hf.get("layer_types") or ()]
     sliding = sliding or [layer >= full_layers for layer in range(hf["num_hidden_layers"])]
     if all(sliding):
@@ -225,5 +223,5 @@ def _sliding_window(hf: dict[str, Any]) -> int | None:
     if not any(sliding):
         return None
     raise InvalidConfigError(
-        "a sliding window in some layers only is not supported", hint="set use_sliding_window=false"
+        "a sliding window in some layers only is not supported", hint="set sliding_window to null in its config.json"
     )

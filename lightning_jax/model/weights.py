@@ -124,7 +124,7 @@ def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         return _open_gguf(found) if found.is_file() else _open_folder(found)
     except InvalidConfigError as error:
         raise InvalidConfigError(f"model {str(path)!r}: {error}") from error
-    except (ValueError, safetensors.SafetensorError) as error:  # not the format that its name says
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # not the format that its name says
         raise InvalidConfigError(f"model {str(path)!r} cannot be read: {error}") from error
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:  # a config that makes no sense
         raise InvalidConfigError(f"model {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
@@ -227,7 +227,13 @@ def _open_gguf(file: pathlib.Path) -> tuple[LlamaConfig, Tensors]:
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.model_type == "llama" else {}
 
     def read(tensor: gguf.ReaderTensor, num_heads: int | None) -> np.ndarray:
-        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            value = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise InvalidConfigError(
+                f"model {str(file)!r}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported",
+                hint="convert the model to another type, such as F16 or Q8_0",
+            ) from error
         if num_heads is not None:
             value = value.reshape(num_heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(value.shape)
         return value
@@ -295,26 +301,34 @@ def _check_gguf_sizes(get: Callable[..., Any], family: str, tensors: dict[str, g
     """Raises InvalidConfigError that names the metadata that is missing, or a size that is not one number."""
     names = ("embedding_length", "block_count", "feed_forward_length", "context_length", "attention.head_count")
     sizes = [f"{family}.{name}" for name in names]
-    scales = [f"{family}.attention.layer_norm_rms_epsilon"]
-    if get(f"{family}.rope.scaling.type") == "linear":
-        scales.append(f"{family}.rope.scaling.factor")
-    if missing := [key for key in (*sizes, *scales) if get(key) is None]:
+    epsilon = f"{family}.attention.layer_norm_rms_epsilon"
+    scales = {epsilon: get(epsilon)}
+    kind, factor = _gguf_scaling(get, family)
+    if kind == "linear":
+        scales[f"{family}.rope.scaling.factor"] = factor
+    if missing := [key for key, value in ({key: get(key) for key in sizes} | scales).items() if value is None]:
         raise InvalidConfigError(f"the GGUF file's metadata lacks {', '.join(missing)}", hint="convert the model again")
     sizes += [f"{family}.attention.head_count_kv", f"{family}.attention.key_length"]
     check_numbers("the GGUF file", {key: get(key, 1) for key in sizes})
-    check_numbers("the GGUF file", {key: get(key, 1) for key in (*scales, f"{family}.rope.freq_base")}, float)
+    check_numbers("the GGUF file", scales | {f"{family}.rope.freq_base": get(f"{family}.rope.freq_base", 1)}, float)
     if "token_embd.weight" not in tensors:
         raise InvalidConfigError("the GGUF file lacks the tensor token_embd.weight", hint="fetch the model again")
+
+
+def _gguf_scaling(get: Callable[..., Any], family: str) -> tuple[str, float | None]:
+    """Kind and factor of rotary scaling; without a kind a factor's is linear, which older files name otherwise."""
+    factor = get(f"{family}.rope.scaling.factor", get(f"{family}.rope.scale_linear"))
+    return get(f"{family}.rope.scaling.type", "linear" if factor else "none"), factor
 
 
 def _gguf_rope_scaling(
     get: Callable[..., Any], family: str, tensors: dict[str, gguf.ReaderTensor], theta: float, head_dim: int
 ) -> RopeScaling | None:
     """Rotary scaling; of Llama 3's only each frequency's divisor is stored, from which the formula is recovered."""
-    kind = get(f"{family}.rope.scaling.type", "none")
     if "rope_freqs.weight" not in tensors:
+        kind, factor = _gguf_scaling(get, family)
         if kind == "linear":
-            return RopeScaling(get(f"{family}.rope.scaling.factor"))
+            return RopeScaling(factor)
         if kind != "none":
             raise InvalidConfigError(f"rope scaling {kind!r} is not supported", hint="supported: none, linear, llama3")
         return None

@@ -24,9 +24,9 @@ def write_gguf(folder: pathlib.Path, file: pathlib.Path, *, without=(), tensors=
 
     Args:
         without: metadata keys and tensors to leave out.
-        tensors: GGUF name -> array, of tensors to add.
+        tensors: GGUF name -> array, of tensors to add or to replace.
         split: tensors in each of several files; 0 for one file.
-        metadata: texts and lists to add, without the family's name in the key and with "__" for ".".
+        metadata: texts, numbers and lists to add, without the family's name in the key and with "__" for ".".
     """
     hf = json.loads((folder / "config.json").read_text())
     family, heads, kv_heads = hf["model_type"], hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -52,13 +52,15 @@ def write_gguf(folder: pathlib.Path, file: pathlib.Path, *, without=(), tensors=
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_divisors(head_dim, rope))
     for key, value in metadata.items():
-        add = writer.add_array if isinstance(value, list) else writer.add_string
+        add = {list: writer.add_array, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{family}.{key}".replace("__", "."), value)
     for name, value in safetensors.numpy.load_file(folder / "model.safetensors").items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             n = heads if "q_proj" in name else kv_heads
             value = value.reshape(n, 2, value.shape[0] // n // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(GGUF_NAMES.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(value))
+        gguf_name = GGUF_NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name not in (tensors or {}):
+            writer.add_tensor(gguf_name, np.ascontiguousarray(value))
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, value)
     for name in without:
@@ -168,6 +170,8 @@ def test_windows_that_a_family_ignores():
     assert LlamaConfig.from_hf(llama | window | {"use_sliding_window": True}).sliding_window is None
     mistral = llama | window | {"model_type": "mistral", "use_sliding_window": False}
     assert LlamaConfig.from_hf(mistral).sliding_window == 7
+    layers = mistral["num_hidden_layers"]
+    assert LlamaConfig.from_hf(mistral | {"layer_types": ["full_attention"] * layers}).sliding_window is None
 
 
 def test_rope_scaling_beside_rope_parameters_counts():
@@ -240,6 +244,7 @@ BROKEN = {
         f, lambda tensors: tensors.update({"model.layers.0.moe": np.ones(3, np.float32)})
     ),
     f"{NORM} is .7,.": lambda f: change_tensors(f, lambda tensors: tensors.update({NORM: np.ones(7, np.float32)})),
+    "cannot be read: .*Is a directory": lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
     "(?s)cannot be read.*[Hh]eader": lambda f: (f / "model.safetensors").write_bytes(b"not safetensors at all"),
 }
 
@@ -259,6 +264,22 @@ def test_a_window_in_some_layers_only():
     assert LlamaConfig.from_hf(hf | {"use_sliding_window": False}).sliding_window is None
     with pytest.raises(InvalidConfigError, match="some layers only"):
         LlamaConfig.from_hf(hf | {"layer_types": ["full_attention", "sliding_attention"]})
+    with pytest.raises(InvalidConfigError, match="some layers only"):
+        LlamaConfig.from_hf(hf | {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]})
+
+
+@pytest.mark.parametrize("key", ["rope__scaling__factor", "rope__scale_linear"])
+def test_gguf_with_a_rope_factor_and_no_kind_of_scaling(key, tmp_path):
+    """llama.cpp takes it as linear, and still reads the older name (`llama_model::load_hparams`)."""
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", **{key: 4.0})
+    assert weights.load_config(tmp_path / "model.gguf").rope_scaling == RopeScaling(4.0)
+
+
+def test_gguf_with_a_tensor_of_a_type_that_cannot_be_read(tmp_path):
+    tensors = {"output_norm.weight": np.ones(48, np.int32)}
+    write_gguf(GOLDENS / "llama2", tmp_path / "model.gguf", tensors=tensors)
+    with pytest.raises(InvalidConfigError, match="model.gguf': output_norm.weight is of type I32, which is not"):
+        weights.load_model(tmp_path / "model.gguf")
 
 
 def test_broken_gguf(tmp_path):
