@@ -3,9 +3,9 @@
 What is said of `model.*` (types, rules) holds for each of `models`; `config.py` asks here what that comes to.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
@@ -32,7 +32,7 @@ def of_each(config: config_dict.ConfigDict) -> dict[str, config_dict.ConfigDict]
     Where there is the one `model` it is named after its path.
     """
     if not names(config):
-        return {Path(config.model.path).name: config}
+        return {os.path.basename(os.path.abspath(config.model.path)): config}  # "." has a name, too
     own = {}
     for name in names(config):
         entry = config.models[name].to_dict()

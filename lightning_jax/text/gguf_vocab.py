@@ -130,7 +130,7 @@ def build_backend(metadata: dict[str, Any], path: str | Path) -> Backend:
     if model == "gpt2":
         backend = _byte_level(metadata, path)
     elif model == "llama":
-        backend = _sentencepiece(metadata)
+        backend = _sentencepiece(metadata, path)
     else:
         raise InvalidConfigError(
             f"{path} has a tokenizer of kind {model!r}; known are 'gpt2' (byte-level) and 'llama' (SentencePiece BPE)",
@@ -153,9 +153,9 @@ def build_backend(metadata: dict[str, Any], path: str | Path) -> Backend:
 
 
 def special_token(metadata: dict[str, Any], name: str) -> str | None:
-    """The text of the `bos`, `eos`, `unknown` or `padding` token, or None where the file names none."""
-    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    return None if token_id is None else metadata["tokenizer.ggml.tokens"][token_id]
+    """The text of the `bos`, `eos`, `unknown` or `padding` token; None where the file names none of its tokens."""
+    tokens, token_id = metadata["tokenizer.ggml.tokens"], metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return tokens[token_id] if token_id is not None and 0 <= token_id < len(tokens) else None
 
 
 def _byte_level(metadata: dict[str, Any], path: str | Path) -> Backend:
@@ -188,7 +188,7 @@ def _byte_level(metadata: dict[str, Any], path: str | Path) -> Backend:
     return backend
 
 
-def _sentencepiece(metadata: dict[str, Any]) -> Backend:
+def _sentencepiece(metadata: dict[str, Any], path: str | Path) -> Backend:
     """SentencePiece BPE with byte fallback, in the form of Llama 2's own tokenizer.json.
 
     The prefix space is prepended by the normalizer: `Metaspace`, which transformers uses, drops it before text that
@@ -201,9 +201,13 @@ def _sentencepiece(metadata: dict[str, Any]) -> Backend:
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if not merges:
-        merges = _merges_from_scores(
-            vocab, metadata["tokenizer.ggml.scores"], metadata.get("tokenizer.ggml.token_type")
-        )
+        scores, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("scores", "token_type"))
+        if len(scores or ()) != len(tokens) or (kinds and len(kinds) != len(tokens)):
+            raise InvalidConfigError(
+                f"{path} has not a score and a type for each token (tokenizer.ggml.scores, tokenizer.ggml.token_type)",
+                hint="convert the model again, or use its Hugging Face folder instead",
+            )
+        merges = _merges_from_scores(vocab, scores, kinds)
     unknown = special_token(metadata, "unknown") or next(
         (
             token

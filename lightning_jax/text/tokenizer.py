@@ -61,12 +61,21 @@ class Tokenizer:
             name_or_path: for error texts.
             eos_ids: more ids that end a reply.
             folder: the folder that `hf` was read from, whose files `save` then copies as they are.
+
+        Raises:
+            InvalidConfigError: its tokens are neither bytes nor SentencePiece's.
         """
         self._hf = hf
         self._backend = hf.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._folder = folder
+        if not (self._is_byte_level or self._is_sentencepiece):
+            kinds = ", ".join(step["type"] for step in self._decoder_steps)
+            raise InvalidConfigError(
+                f"the tokenizer of {name_or_path} (its decoder is {kinds}) is of a kind that is not supported",
+                hint="supported: byte-level BPE, and SentencePiece, whose tokens have ▁ for a space",
+            )
         added = self._backend.get_added_tokens_decoder()
         self._added = {index: token.content for index, token in added.items()}
         # Listed as special, some tokens are text all the same: "<think>" is, where the vocabulary says so.
@@ -202,6 +211,11 @@ class Tokenizer:
         return any(step["type"] == "ByteLevel" for step in self._decoder_steps)
 
     @cached_property
+    def _is_sentencepiece(self) -> bool:
+        steps = self._decoder_steps
+        return any(step["type"] == "Metaspace" or step.get("pattern") == {"String": "▁"} for step in steps)
+
+    @cached_property
     def _strips_first_space(self) -> bool:
         for step in self._decoder_steps:
             if step["type"] == "Strip" and step.get("content") == " " and step.get("start"):
@@ -323,7 +337,9 @@ def _load_folder(folder: Path, name: str) -> Tokenizer:
     for file in ("generation_config.json", "config.json"):
         found = _read_json(folder / file).get("eos_token_id")
         eos_ids += found if isinstance(found, list) else [] if found is None else [found]
-    return Tokenizer(hf, name, eos_ids=eos_ids, folder=folder)
+    if not all(type(index) is int for index in eos_ids):
+        raise InvalidConfigError(f"the eos_token_id of {name} must be one id or a list of them, not {eos_ids}")
+    return Tokenizer(hf, name, eos_ids=[index for index in eos_ids if index >= 0], folder=folder)
 
 
 def _convert_slow(transformers: Any, folder: Path) -> PreTrainedTokenizerFast:
@@ -354,8 +370,8 @@ def _load_gguf(path: Path, name: str) -> Tokenizer:
         chat_template=metadata.get("tokenizer.chat_template"),
         **{key: gguf_vocab.special_token(metadata, value) for key, value in tokens.items()},
     )
-    eos_ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    return Tokenizer(hf, name, eos_ids=[index for index in eos_ids if index is not None])
+    ends = [kind for kind in ("eos", "eot", "eom") if gguf_vocab.special_token(metadata, kind) is not None]
+    return Tokenizer(hf, name, eos_ids=[metadata[f"tokenizer.ggml.{kind}_token_id"] for kind in ends])
 
 
 def _import_transformers() -> Any:
@@ -368,9 +384,12 @@ def _import_transformers() -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InvalidConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidConfigError(f"{path} holds no JSON object")
+    return content
 
 
 def _with_parsed_arguments(message: dict) -> dict:

@@ -55,10 +55,12 @@ def test_models_from_every_source_in_the_order_they_are_written(tmp_path, source
         config.models.third = {"path": "mistral"}
 
 
-def test_one_model_is_named_after_its_path():
+def test_one_model_is_named_after_its_path(tmp_path, monkeypatch):
     config = merged(flag_overrides={"model.path": "models/llama-3.2"})
     assert config_models.names(config) == []
     assert config_models.of_each(config) == {"llama-3.2": config}
+    monkeypatch.chdir(tmp_path)
+    assert list(config_models.of_each(merged(flag_overrides={"model.path": "."}))) == [tmp_path.name]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,21 @@ def test_byte_tokens_are_never_made_by_merging(tmp_path):
     assert tokenizer.decode(ids) == "<0x0A>\n"
 
 
+@pytest.mark.parametrize("scores", [None, [0.0]])
+def test_sentencepiece_without_scores(tmp_path, scores):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["<unk>", "a", "b"], scores=scores)
+    with pytest.raises(InvalidConfigError, match="model.gguf has not a score and a type for each token"):
+        load_tokenizer(path)
+
+
+def test_special_ids_that_name_no_token(tmp_path):
+    """llama.cpp takes them for none: some files have one more for padding than there are tokens."""
+    more = [("add_bos_token_id", 3), ("add_eos_token_id", 2), ("add_eot_token_id", 2**32 - 1), ("add_pad_token_id", 3)]
+    path = write_gguf(tmp_path / "model.gguf", "gpt2", ["a", "b", "</s>"], types=[1, 1, 3], more=more)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_ids) == (None, None, (2,))
+
+
 def test_saved_sentencepiece_folder_adds_bos_for_others(sentencepiece_pair, tmp_path):
     from transformers import AutoTokenizer
 

@@ -1,6 +1,7 @@
 """Encoding, decoding, special tokens, saving and loading; transformers and sentencepiece say what is right."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -284,6 +285,29 @@ def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InvalidConfigError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_tokenizers_of_other_kinds(tmp_path):
+    """Pieces of words whose spaces are nowhere: their texts would come back as others."""
+    from tokenizers import Tokenizer, decoders, models
+
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "wor": 1, "##ld": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InvalidConfigError, match=f"{tmp_path}.*decoder is WordPiece.*not supported"):
+        load_tokenizer(tmp_path)
+
+
+def test_ends_that_are_no_ids(chatml_folder, tmp_path):
+    folder = shutil.copytree(chatml_folder, tmp_path / "model")
+    (folder / "config.json").write_text('{"eos_token_id": [5, -1]}')
+    assert set(load_tokenizer(folder).eos_ids) == {5, *load_tokenizer(chatml_folder).eos_ids}
+    (folder / "generation_config.json").write_text('{"eos_token_id": "5"}')
+    with pytest.raises(InvalidConfigError, match=r"eos_token_id of .*model must be one id .*\['5', 5, -1\]"):
+        load_tokenizer(folder)
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(InvalidConfigError, match="generation_config.json holds no JSON object"):
+        load_tokenizer(folder)
 
 
 def test_neither_importing_nor_loading_brings_heavy_packages():
