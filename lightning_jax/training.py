@@ -418,7 +418,9 @@ class _Run:
         if len(failed) < len(records) and not any(r.calls for r in records) and not self._warned_of_silence:
             self._warned_of_silence = True
             lost = "nothing is learned" if mode == "train" else "their rewards say nothing of it"
-            self._warn(step, f"no rollout called the model, so {lost}: agents must use resource.model_api")
+            refusal = self.store.first_refusal(self.job_id)
+            what = "no rollout called the model" if refusal is None else "all calls of the model were refused"
+            self._warn(step, f"{what}, so {lost}: {refusal or 'agents must use resource.model_api'}")
         return records
 
     def _warn(self, step: int, text: str) -> None:

@@ -96,6 +96,10 @@ async def _health(request: Request) -> Response:
 
 
 def _api_error(request: Request, error: ApiError) -> Response:
+    store: Store = request.app.state.store
+    attempt = store.attempt_by_token(request.path_params.get("token", ""))
+    if attempt is not None:  # agents are known to swallow it
+        store.note_refusal(attempt, str(error))
     return (dialects.error_shape(request.url.path) or openai_shared.error_response)(error)
 
 

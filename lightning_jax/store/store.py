@@ -30,6 +30,7 @@ class Store:
         self._datasets = Datasets(self._database)
         self._jobs = Jobs(self._database, self._changed, self._announce)
         self._rollouts = Rollouts(self._database, self._jobs, self._changed, self._announce)
+        self._refusals: dict[str, str] = {}
 
     def close(self) -> None:
         """Commits what is queued and closes the file; another process may open it then."""
@@ -285,3 +286,11 @@ class Store:
     def record_call(self, attempt: Attempt, call: CallRecord) -> bool:
         """Adds a call to the attempt; False, and nothing kept, if the attempt has ended meanwhile."""
         return self._rollouts.record_call(attempt, call)
+
+    def note_refusal(self, attempt: Attempt, text: str) -> None:
+        """Remembers, until this process ends, why a model call of the attempt got no reply."""
+        self._refusals.setdefault(attempt.job_id, text)
+
+    def first_refusal(self, job_id: str) -> str | None:
+        """What `note_refusal` was first told of a job; None where nothing was."""
+        return self._refusals.get(job_id)

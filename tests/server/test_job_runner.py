@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from agent_lightning import Client
 from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import server, training
 from lightning_jax.metric_names import METRICS
@@ -670,3 +671,21 @@ def test_failures_and_silence_are_told_while_the_job_runs_and_in_its_result(runn
         wait_for(lambda: status(store, job) in ("succeeded", "failed"))
     assert any("no rollout called the model" in e["data"]["text"] for e in store.events(job) if e["kind"] == "warning")
     assert store.job(job)["result"]["first_failure"] is None
+
+
+def asks_too_much(resource, task):
+    """Has more to say than the model can take, and makes the best of the error."""
+    url = f"{resource.model_api}/v1/chat/completions"
+    reply = httpx.post(url, json={"messages": [{"role": "user", "content": task.question * 400}]})
+    return float(reply.is_success)
+
+
+def test_calls_that_were_all_refused_are_said_with_the_refusal(trained, tmp_path):
+    tasks = tmp_path / "test.jsonl"
+    tasks.write_text('{"question": "2+2?"}\n')
+    with Client(trained.url) as client:
+        result = client.evaluate(asks_too_much, str(tasks), nworkers=1)
+    job = trained.store.jobs()[-1]["job_id"]
+    (said,) = [event["data"]["text"] for event in trained.store.events(job) if event["kind"] == "warning"]
+    start = "all calls of the model were refused, so their rewards say nothing of it: prompt is too long: "
+    assert result.mean == 0.0 and said.startswith(start)
