@@ -38,7 +38,8 @@ _FREE_SECTIONS = ("distributed.", "logging.", "server.")
 _FREE_OF_MODELS = (".tensor_parallel", ".fsdp")  # checkpoints go on on any mesh
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Returns the process's exit status."""
     if len(argv) > 1:
         raise InvalidConfigError(f"unexpected arguments: {' '.join(argv[1:])}", hint="settings are --config.KEY=VALUE")
     if not flags.FLAGS["verbosity"].present:
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
         weights.model_folder(own.model.path)
     if config.mode != "plan":
         check_workdir(config)
-    team = start_jax(config)
+    team, status = start_jax(config), 0
     try:
         if isinstance(team, processes.Follower):
             follow(config, team)
@@ -57,13 +58,14 @@ def main(argv: list[str]) -> None:
         elif config.mode == "serve":
             serve(config, team)
         else:
-            run_agent(config, team)
+            status = run_agent(config, team)
     except BaseException:
         if team is not None:
             team.close(failed=True)
         raise
     if team is not None:
         team.close()
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,8 +197,11 @@ def show_plan(config: ml_collections.ConfigDict) -> None:
     print(f"  {plan.check() or 'everything fits'}")
 
 
-def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None) -> None:
+def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None) -> int:
     """Trains or evaluates with the config's agent and tasks, and says how it went.
+
+    Returns:
+        The exit status: 130 where Ctrl-C ended it without a result.
 
     Raises:
         TrainingError: the job failed.
@@ -229,8 +234,10 @@ def run_agent(config: ml_collections.ConfigDict, leader: processes.Leader | None
         job = _follow(store, jobs, job_id, server.url, agent, config)
     if job["status"] == "failed":
         raise results.job_error(job)
-    if job["result"]:
-        _say(_summary(config, job["result"]))
+    if not job["result"]:
+        return 128 + signal.SIGINT
+    _say(_summary(config, job["result"]))
+    return 0
 
 
 def _devices() -> str:

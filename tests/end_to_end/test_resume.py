@@ -1,5 +1,9 @@
 """A run that is killed goes on to the very curve that an undisturbed run has."""
 
+import signal
+import subprocess
+import time
+
 import pytest
 
 from tests.end_to_end import runs
@@ -46,3 +50,17 @@ def test_killed_and_started_again_gives_the_same_curve(undisturbed, tmp_path, at
     result = runs.finished(workdir, *FLAGS)
     assert curve(workdir) == undisturbed
     assert result["train_rewards"] == [row["reward/mean"] for row in undisturbed if row["step"] > 0]
+
+
+def test_interrupted_twice_it_ends_at_once_and_goes_on_to_the_same_curve(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(runs.command(workdir, *FLAGS), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    while not any(row["step"] >= 1 for row in runs.metrics(workdir)) and process.poll() is None:
+        time.sleep(0.02)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    output = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "stopping now" in output and "Traceback" not in output, output
+    runs.finished(workdir, *FLAGS)
+    assert curve(workdir) == undisturbed
