@@ -170,6 +170,9 @@ def _parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prompt and args.prompt >= min(args.length):
         parser.error(f"--prompt={args.prompt} leaves nothing to sample of {min(args.length)} tokens")
+    sampled = min(length - (args.prompt or length // 2) for length in args.length)
+    if args.shortest is not None and not 1 <= args.shortest <= sampled:
+        parser.error(f"--shortest={args.shortest} is not among 1 to what is sampled of a row, {sampled} tokens")
     return args
 
 

@@ -227,7 +227,10 @@ def _parse_args() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), help="float32 on CPU by default, bfloat16 elsewhere"
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs to take the median of")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shortest is not None and not 1 <= args.shortest <= min(args.new):
+        parser.error(f"--shortest={args.shortest} is not among 1 to --new, {min(args.new)}")
+    return args
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ longest of arithmetic, memory traffic and collectives at the published peak rate
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,33 +51,46 @@ CHIPS = {
 
 
 def main() -> None:
+    def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+        def number(text: str) -> float:
+            value = kind(text)
+            if not value >= low:
+                raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+            return value
+
+        return number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a published shape, such as llama3.1-8b (see model/shapes.py)")
     parser.add_argument("--topology", required=True, help="v5e:4x4, v6e:2x2, v5p:2x2x1, ...; cpu:8; h100:1, a100:8")
     parser.add_argument("--mesh", help="data,fsdp,tensor; default: every chip along fsdp")
     parser.add_argument(
-        "--blocks", type=int, help="packed rows of a micro-batch; default: one for each chip of the mesh"
+        "--blocks", type=at_least(1), help="packed rows of a micro-batch; default: one for each chip of the mesh"
     )
-    parser.add_argument("--seq_len", type=int, default=4096, help="tokens of a packed row, and of a conversation")
-    parser.add_argument("--slots", type=int, default=64, help="sequences decoded together")
-    parser.add_argument("--kv_cache_tokens", type=int, default=65536)
-    parser.add_argument("--kl_coef", type=float, default=0.001, help="0 keeps no reference")
-    parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument(
+        "--seq_len", type=at_least(1), default=4096, help="tokens of a packed row, and of a conversation"
+    )
+    parser.add_argument("--slots", type=at_least(1), default=64, help="sequences decoded together")
+    parser.add_argument("--kv_cache_tokens", type=at_least(16), default=65536)
+    parser.add_argument("--kl_coef", type=at_least(0, float), default=0.001, help="0 keeps no reference")
+    parser.add_argument("--lora_rank", type=at_least(0), default=0)
     parser.add_argument("--offload", choices=("none", "reference", "optimizer", "both"), default="none")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
     kind, _, size = args.topology.partition(":")
-    chips = 1
-    for n in re.findall(r"\d+", size):
-        chips *= int(n)
+    if kind not in ("cpu", *CHIPS):
+        parser.error(f"no chip is called {kind!r}; known: cpu, {', '.join(CHIPS)}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*" if kind.startswith("v") else r"[1-9]\d*", size):
+        parser.error(f"--topology is a chip and how many there are, such as v5e:4x4 or h100:8, not {args.topology!r}")
+    chips = math.prod(int(n) for n in size.split("x"))
     if kind == "cpu":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={chips}"
-    elif kind not in CHIPS:
-        parser.error(f"no chip is called {kind!r}; known: cpu, {', '.join(CHIPS)}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has stays free
-    if args.mesh and not re.fullmatch(r"\d+,\d+,\d+", args.mesh):
+    if args.mesh and not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", args.mesh):
         parser.error("--mesh is three numbers: data,fsdp,tensor")
     mesh = tuple(int(n) for n in args.mesh.split(",")) if args.mesh else (1, chips, 1)
+    if math.prod(mesh) > chips:
+        parser.error(f"--mesh has {math.prod(mesh)} chips, and --topology {chips}")
 
     from agent_lightning.exceptions import AgentLightningError
 
@@ -99,6 +114,8 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
 
     config = named_shape(args.model)
     data, fsdp, tensor = mesh_shape
+    sizes = {"width": config.hidden_size, "kv_heads": config.num_kv_heads, "mlp": config.intermediate_size}
+    mesh_lib.axis_sizes(math.prod(mesh_shape), tensor=tensor, fsdp=fsdp, **sizes)  # raises where they do not divide
     if kind == "cpu":
         mesh = mesh_lib.make_mesh(*mesh_shape)
     elif kind.startswith("v") or (kind == "h100" and gpu.has_compiler()):

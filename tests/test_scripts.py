@@ -103,8 +103,16 @@ def test_ci_runs_exactly_the_test_script():
     "command, says",
     [
         ("bench_learner.py --model=builtin:tiny --length=64 --prompt=64", "--prompt=64 leaves nothing to sample of 64"),
+        ("bench_learner.py --model=builtin:tiny --length=64 --shortest=33", "--shortest=33 is not among 1 to what is"),
+        ("bench_sampler.py --model=builtin:tiny --new=64 --shortest=65", "--shortest=65 is not among 1 to --new, 64"),
         ("plot_curve.py no/such/run --output=plot.png", "error: no metrics in no/such/run"),
         ("plan.py --model llama3.1-8b --topology cpu:4 --mesh a", "--mesh is three numbers: data,fsdp,tensor"),
+        ("plan.py --model llama3.1-8b --topology a100:8 --mesh 0,8,1", "--mesh is three numbers: data,fsdp,tensor"),
+        ("plan.py --model llama3.1-8b --topology a100:8 --mesh 1,8,2", "--mesh has 16 chips, and --topology 8"),
+        ("plan.py --model llama3.1-8b --topology a100:16 --mesh 1,1,16", "tensor_parallel 16 does not divide"),
+        ("plan.py --model llama3.1-8b --topology a100:7", "model.fsdp 7 does not divide"),
+        ("plan.py --model llama3.1-8b --topology h100:0", "--topology is a chip and how many there are"),
+        ("plan.py --model llama3.1-8b --topology a100:8 --lora_rank -1", "argument --lora_rank: -1 is less than 0"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(tmp_path, command, says):
