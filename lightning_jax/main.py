@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         check_workdir(config)
     team, status = start_jax(config), 0
     try:
+        if team is not None:
+            check_team(config)
         if isinstance(team, processes.Follower):
             follow(config, team)
         elif config.mode == "plan":
@@ -106,6 +108,24 @@ def check_workdir(config: ml_collections.ConfigDict) -> None:
             f"{workdir} holds a run with other settings: {'; '.join(differences)}",
             hint=f"choose another with {cli.flag_of('workdir')}, or remove that folder",
         )
+
+
+def check_team(config: ml_collections.ConfigDict) -> None:
+    """Looks whether several processes were started as one job.
+
+    Raises:
+        InvalidConfigError: their settings or models differ, or they do not share the work directory. In all of them.
+    """
+    own = ("agent.", "data.", "distributed.", "logging.", "server.")  # process 0 alone has a use for the others
+    settings = dict(config_lib.flatten(config.to_dict()))
+    facts = {key: value for key, value in settings.items() if not key.startswith(own)}
+    for free in ("device", "workdir", *(key for key in facts if key.endswith(".path"))):  # machines may have their own
+        facts.pop(free, None)
+    for name, of_one in config_models.of_each(config).items():
+        facts[f"weights of {name}"] = weights.fingerprint(of_one.model.path)
+    processes.check_alike(facts)
+    if config.mode != "plan":
+        processes.check_shared(pathlib.Path(config.workdir))
 
 
 def open_store(config: ml_collections.ConfigDict) -> Store:

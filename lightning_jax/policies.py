@@ -94,7 +94,8 @@ class Policies(Mapping[str, Policy]):
     def prepare_training(self) -> None:
         """Makes the learners, from the newest checkpoint of the work directory if there is one."""
         if any(policy.state is None for policy in self.values()):
-            self._run(Policies._make_learners)
+            newest = checkpoint.latest(self.checkpoint_dir)
+            self._run(Policies._make_learners, None if newest is None else newest.name)  # the same one everywhere
 
     def update(self, rows: Mapping[str, Sequence[Row]], return_n: np.ndarray, group_n: np.ndarray) -> dict[str, dict]:
         """One update of each model and their publication: the next request is sampled from the new weights.
@@ -158,13 +159,12 @@ class Policies(Mapping[str, Policy]):
     def _replay(self, name: str, dispatch: Callable[..., object], *args) -> None:
         self[name].replay(dispatch, *args)
 
-    def _make_learners(self) -> None:
-        newest = checkpoint.latest(self.checkpoint_dir)
+    def _make_learners(self, newest: str | None) -> None:
         with self._resting():
             for name, policy in self.items():
                 policy.make_learner()
                 if newest is not None:
-                    self.restored = policy.restore(newest, self.checkpoint_item(name))
+                    self.restored = policy.restore(self.checkpoint_dir / newest, self.checkpoint_item(name))
                     self.step = self.restored["step"]
             heap.give_back_freed_memory()  # of the ways that the parameters took
         self._publish()

@@ -73,6 +73,7 @@ class Policy:
             self._mesh = mesh_lib.make_mesh(*mesh_lib.sizes_for(model, settings, jax.device_count()))
             shardings = mesh_lib.shardings(self._mesh, llama.abstract_params(model))
         self.config, self._initial = weights.load_model(settings.model.path, self._loaded_dtype, shardings)
+        self._fingerprint = weights.fingerprint(settings.model.path)
         self.trainable.check(self.config)
         self.max_seq_len = min(settings.runtime.max_seq_len, self.config.max_seq_len)
         self._learner: learner_lib.Learner | None = None
@@ -195,7 +196,7 @@ class Policy:
     def origin(self) -> dict[str, Any]:
         """What a checkpoint needs beside it to be this policy: the model that it began with, and what learns of it."""
         settings = self._settings.model
-        return {name: settings[name] for name in ("path", *_KIND)}
+        return {name: settings[name] for name in ("path", *_KIND)} | {"fingerprint": self._fingerprint}
 
     def _check_kind(self, path: pathlib.Path, item: str | None) -> None:
         """Raises InvalidConfigError where something else learned in the run that made a checkpoint."""
@@ -206,6 +207,12 @@ class Policy:
             for name in _KIND
             if saved and saved[name] != self.origin[name]
         ]
+        if saved and saved.get("fingerprint", self._fingerprint) != self._fingerprint:
+            raise InvalidConfigError(
+                f"checkpoint {path} began with the weights that were in {saved['path']} then; those in "
+                f"{self.origin['path']} are others",
+                hint="use the model that it was made with, or choose another workdir",
+            )
         if differences:
             raise InvalidConfigError(
                 f"checkpoint {path} was made by a run in which something else learned: {', '.join(differences)}",

@@ -10,14 +10,17 @@ the others end as well: nobody waits for somebody who is gone.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
+import pathlib
 import queue
 import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NoReturn
 
@@ -29,7 +32,10 @@ from jax.experimental import multihost_utils
 from agent_lightning.exceptions import AgentLightningError, InvalidConfigError
 
 _PATIENCE_S = 60.0  # after one process failed, for the others to come to an end of what they do together
-_ADDRESS_BYTES = 256
+_NEWS_S = 1.0  # after one process ended, for process 0 to say why where all have the same reason
+_LEAVING_S = 5.0  # after process 0 failed, for the others to end in order, which JAX's own end waits for
+_APPEARS_S = 10.0  # until a file that one process wrote is seen by others, over a network
+_FAILED = "failed"  # what `Leader` sends instead of a call
 _HINT = "set distributed.coordinator (HOST:PORT of process 0), num_processes and process_id"
 
 
@@ -66,11 +72,11 @@ class Leader:
             self._hear_all(function.__name__, failure)
 
     def close(self, failed: bool = False) -> None:
-        """Lets the others end: well, or as processes do whose leader is gone."""
+        """Lets the others end: well, or with status 1."""
         self._closed = True
-        if not failed:
-            self._send(None)
         for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.send(_FAILED if failed else None)
             connection.close()
 
     def _send(self, message: Any) -> None:
@@ -103,6 +109,7 @@ class Leader:
                     self._last_waits[number] = wait
                 self._words.put((number, word))
         except (EOFError, OSError):
+            time.sleep(_NEWS_S)
             if not self._closed:
                 _end(f"process {number} has ended")
 
@@ -118,6 +125,8 @@ class Follower:
     def follow(self, target: Any) -> None:
         """Calls what process 0 calls, with `target` in the place of its own, until that process closes."""
         while (call := self._calls.get()) is not None:
+            if call == _FAILED:
+                sys.exit(1)
             function, args, answers = call
             word = None
             try:
@@ -139,8 +148,12 @@ class Follower:
                 self._calls.put(call)
                 if call is None:
                     return
+                if call == _FAILED:
+                    time.sleep(_LEAVING_S)
+                    break
         except (EOFError, OSError):  # the main thread may be waiting for process 0 in a collective
-            _end("process 0 has ended")
+            pass
+        _end("process 0 has ended")
 
 
 def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
@@ -169,7 +182,7 @@ def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
         raise InvalidConfigError(f"this process cannot join the others: {error}", hint=_HINT) from error
     if jax.process_count() == 1:
         return None
-    host = socket.gethostbyname(socket.gethostname()) if not given else settings.coordinator.rpartition(":")[0]
+    host = settings.coordinator.rpartition(":")[0] if given else _own_address()
     return _lead(host) if jax.process_index() == 0 else _connect()
 
 
@@ -196,8 +209,7 @@ def _lead(host: str) -> Leader:
     key = secrets.token_bytes(32)
     bound = host if host in ("localhost", "127.0.0.1") else "0.0.0.0"
     with Listener((bound, 0), backlog=jax.process_count(), authkey=key) as listener:
-        address = f"{key.hex()} {host}:{listener.address[1]}".encode()
-        _broadcast(address)
+        _gather(f"{key.hex()} {host}:{listener.address[1]}")
         return Leader(_accept(listener, jax.process_count() - 1))
 
 
@@ -212,17 +224,79 @@ def _accept(listener: Listener, count: int) -> dict[int, Connection]:
 
 
 def _connect() -> Follower:
-    key, _, address = _broadcast(b"").decode().partition(" ")
+    key, _, address = _gather("")[0].partition(" ")
     host, _, port = address.rpartition(":")
     connection = Client((host, int(port)), authkey=bytes.fromhex(key))
     connection.send(jax.process_index())
     return Follower(connection)
 
 
-def _broadcast(text: bytes) -> bytes:
-    """Process 0's text, in every process."""
-    padded = np.frombuffer(text.ljust(_ADDRESS_BYTES), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)).rstrip()
+def _own_address() -> str:
+    """This machine's, as others may reach it."""
+    address = socket.gethostbyname(socket.gethostname())
+    if address.startswith("127."):  # as Debian's /etc/hosts has it
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # any address that is not here; nothing is sent
+            address = probe.getsockname()[0]
+    return address
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Compares what each process was started with.
+
+    Args:
+        facts: by name, JSON-ready; the same names in all processes.
+
+    Raises:
+        InvalidConfigError: a process has others than process 0. All raise it.
+    """
+    first, *others = (json.loads(text) for text in _gather(json.dumps(facts)))
+    differences = [
+        f"{name}: {first.get(name)!r} in process 0, {theirs.get(name)!r} in process {number}"
+        for number, theirs in enumerate(others, 1)
+        for name in sorted(first.keys() | theirs.keys())
+        if first.get(name) != theirs.get(name)
+    ]
+    if differences:
+        shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+        raise InvalidConfigError(f"the processes differ: {shown}", hint="start all of them with the same settings")
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Looks whether all processes see the same folder, which is made where missing.
+
+    Raises:
+        InvalidConfigError: they do not, or process 0 cannot write there. All raise it.
+    """
+    own = folder / f"shared.{secrets.token_hex(8)}"
+    is_first, problem = jax.process_index() == 0, ""
+    if is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own.touch()
+        except OSError as error:
+            problem = f"process 0 cannot write there: {error.strerror}"
+    mark, until = folder / _gather(own.name)[0], time.monotonic() + _APPEARS_S
+    while not problem and not mark.exists():
+        if time.monotonic() > until:
+            problem = f"process {jax.process_index()} does not see what process 0 writes there"
+        time.sleep(0.05)
+    problems = [problem for problem in _gather(problem) if problem]
+    if is_first:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+    if problems:
+        hint = "give a folder that all machines share, and the same one on each"
+        raise InvalidConfigError(f"workdir {folder} is not one folder for all processes: {problems[0]}", hint=hint)
+
+
+def _gather(text: str) -> list[str]:
+    """Each process's text, by number, in every process."""
+    data = text.encode()
+    sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32)).tolist()
+    padded = np.frombuffer(data.ljust(max(*sizes, 1)), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _end(reason: str) -> NoReturn:

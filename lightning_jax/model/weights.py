@@ -6,6 +6,7 @@ stacks the layers, one parameter at a time, so that the host never holds the mod
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -19,10 +20,12 @@ import numpy as np
 import safetensors
 
 from agent_lightning.exceptions import InvalidConfigError
+from lightning_jax import mesh
 from lightning_jax.model.config import LlamaConfig, RopeScaling, check_numbers
 from lightning_jax.model.llama import Params, abstract_params
 
 BUILTIN = "builtin:"
+_PARTS, _PART_BYTES = 64, 2**16  # of a file, in a model's fingerprint
 Tensors = dict[str, Callable[[], np.ndarray]]  # Hugging Face name -> reads the tensor
 DType = Any  # a dtype, or a function from a parameter's name to its dtype
 
@@ -109,13 +112,35 @@ def load_model(
         InvalidConfigError: nothing there, an unsupported family, or tensors that are missing, left over or misshapen.
     """
     config, tensors = _open(path)
-    return config, _assemble(config, tensors, dtype, shardings, str(path))
+    put = jax.device_put if shardings is None else mesh.put
+    return config, _assemble(config, tensors, dtype, shardings, str(path), put)
 
 
 def load_arrays(path: str | pathlib.Path, dtype: DType = np.float32) -> tuple[LlamaConfig, Params]:
     """The same with NumPy arrays: no device is touched."""
     config, tensors = _open(path)
-    return config, _assemble(config, tensors, dtype, None, str(path), put=lambda value, sharding: value)
+    return config, _assemble(config, tensors, dtype, None, str(path), lambda value, sharding: value)
+
+
+def fingerprint(path: str | pathlib.Path) -> str:
+    """Tells a model's weights from others', by a digest of parts of their files from the first byte to the last.
+
+    Raises:
+        InvalidConfigError: there is nothing there, or it cannot be read.
+    """
+    found = model_folder(path)
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for file in [found] if found.is_file() else sorted(found.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(size.to_bytes(8))
+            with open(file, "rb") as content:
+                for start in np.linspace(0, max(0, size - _PART_BYTES), _PARTS, dtype=np.int64).tolist():
+                    content.seek(start)
+                    digest.update(content.read(_PART_BYTES))
+    except OSError as error:
+        raise InvalidConfigError(f"model {str(path)!r} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
@@ -130,9 +155,7 @@ def _open(path: str | pathlib.Path) -> tuple[LlamaConfig, Tensors]:
         raise InvalidConfigError(f"model {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _assemble(
-    config: LlamaConfig, tensors: Tensors, dtype: DType, shardings: Any, path: str, put: Callable = jax.device_put
-) -> Params:
+def _assemble(config: LlamaConfig, tensors: Tensors, dtype: DType, shardings: Any, path: str, put: Callable) -> Params:
     """Reads, reshapes and stacks what the config's abstract tree asks for; `put(array, sharding)` places each."""
     specs = abstract_params(config)
     wanted = {TOP_NAMES[name] for name in specs if name != "layers"}

@@ -360,9 +360,9 @@ class Learner:
         """A float32 copy of `params`, on the device or spread over the mesh."""
 
         def copy(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-            # A NumPy leaf goes from the host to its shards, never through one device as a whole.
-            copied = np.array(x, np.float32) if isinstance(x, np.ndarray) else jnp.array(x, jnp.float32)
-            return jax.device_put(copied, sharding)
+            if isinstance(x, np.ndarray):  # from the host to its shards, never through one device as a whole
+                return mesh_lib.put(np.array(x, np.float32), sharding)
+            return jax.device_put(jnp.array(x, jnp.float32), sharding)
 
         return jax.tree.map(copy, params, jax.tree.broadcast(self._trained_sharding, params))
 

@@ -1,10 +1,13 @@
 """What the program says when it cannot run: one clear error, at once, and nothing lost."""
 
 import contextlib
+import shutil
 import socket
 
 import pytest
+import safetensors.numpy
 
+from agent_lightning.exceptions import InvalidConfigError
 from lightning_jax import config
 from lightning_jax.policies import Policies
 from lightning_jax.store import Store
@@ -105,6 +108,27 @@ def test_models_in_another_order_than_the_run_has(tmp_path):
     (tmp_path / "swapped.py").write_text(OF_TWO_MODELS.format(names=("answer", "query")))
     error = refused(tmp_path / "run", config=str(tmp_path / "swapped.py"))
     assert "InvalidConfigError" in error and "query, answer there, answer, query here" in error
+
+
+def test_a_model_of_the_same_sizes_with_other_weights(tmp_path):
+    """Adapters of one mean nothing to the other."""
+    model = shutil.copytree(runs.ROOT / "lightning_jax/builtin/tiny", tmp_path / "model")
+    sizes = {"runtime": {"max_seq_len": 64}, "sampler": {"max_slots": 2, "kv_cache_tokens": 256}}
+    own = {"model": {"path": str(model), "lora_rank": 2}, "workdir": str(tmp_path / "run")}
+    run = config.merge(sizes | own, environ={})
+    with contextlib.closing(Policies(run)) as policies:
+        policies.prepare_training()
+        saved = policies.save_checkpoint({"job_id": "", "step": 0})
+    (tmp_path / "model").rename(tmp_path / "moved")
+    run.model.path = str(tmp_path / "moved")
+    with contextlib.closing(Policies(run)) as policies:
+        assert policies.restored is not None
+    tensors = safetensors.numpy.load_file(tmp_path / "moved" / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    safetensors.numpy.save_file(tensors, tmp_path / "moved" / "model.safetensors")
+    said = f"{saved} began with the weights that were in {model} then; those in {tmp_path / 'moved'} are others"
+    with pytest.raises(InvalidConfigError, match=said):
+        Policies(run)
 
 
 def test_agent_that_always_fails_ends_the_job_with_its_traceback(tmp_path):

@@ -3,6 +3,8 @@
 import concurrent.futures
 import multiprocessing.connection
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lightning_jax.processes
 from agent_lightning import Client
@@ -34,8 +37,8 @@ SMALL = (
 )
 
 
-def processes(command: list[str], num_devices: int) -> list[subprocess.Popen]:
-    """Two of them, with so many simulated devices each."""
+def processes(command: list[str], num_devices: int, *others: str) -> list[subprocess.Popen]:
+    """Two of them, with so many simulated devices each; `others` are more arguments of the second."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -46,7 +49,8 @@ def processes(command: list[str], num_devices: int) -> list[subprocess.Popen]:
         "PYTHONPATH": str(runs.ROOT),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": runs.ROOT}
-    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
+    commands = [command, [*command, *others]]
+    return [subprocess.Popen(commands[i], env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
 
 
 def test_two_processes_run_the_job_of_one(tmp_path, monkeypatch):
@@ -69,6 +73,36 @@ def test_two_processes_plan(tmp_path):
     outputs = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n\n".join(outputs)
     assert "everything fits" in outputs[0]
+
+
+@pytest.mark.parametrize("case", ["settings", "weights", "workdir"])
+def test_processes_that_are_not_one_job(tmp_path, case):
+    """Each would train a model of its own, or wait for the others' part of a checkpoint."""
+    changed = shutil.copytree(runs.ROOT / "lightning_jax/builtin/tiny", tmp_path / "changed")
+    tensors = safetensors.numpy.load_file(changed / "model.safetensors")
+    safetensors.numpy.save_file({name: -tensor for name, tensor in tensors.items()}, changed / "model.safetensors")
+    others, said = {
+        "settings": (
+            "--config.algorithm.learning_rate=0.5",
+            r"learning_rate: .* in process 0, 0.5 in process 1",
+        ),
+        "weights": (f"--config.model.path={changed}", "the processes differ: weights of "),
+        "workdir": (f"--config.workdir={tmp_path / 'other'}", "not one folder for all .*: process 1 does not see"),
+    }[case]
+    both = processes(runs.command(tmp_path / "run", *SMALL), 1, others)
+    outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [1, 1], "\n\n".join(outputs)
+    assert all(re.search(f"InvalidConfigError: .*{said}", output) for output in outputs), "\n\n".join(outputs)
+    assert not list(tmp_path.glob("run/*")) and not (tmp_path / "other").exists()
+
+
+def test_a_job_that_fails_ends_all_with_its_error(tmp_path):
+    agent = tmp_path / "agent.py"
+    agent.write_text("def agent(resource, task):\n    raise KeyError('the tool is missing')\n")
+    both = processes(runs.command(tmp_path / "run", *SMALL, f"--config.agent.script={agent}"), 1)
+    outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [1, 1], "\n\n".join(outputs)
+    assert "TrainingError: " in outputs[0] and "the tool is missing" in outputs[0] and "Fatal" not in outputs[0]
 
 
 def test_an_interrupt_of_both_loses_nothing_and_its_checkpoint_is_evaluated_and_downloaded(tmp_path):

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from agent_lightning import Client
 from agent_lightning.exceptions import InvalidConfigError
-from lightning_jax.model import lora
+from lightning_jax.model import lora, weights
 from lightning_jax.policies import Policies
 from lightning_jax.rl import checkpoint, trajectory
 from lightning_jax.sampler.request import SamplingParams, noise_key
@@ -70,6 +70,7 @@ def test_a_checkpoint_holds_adapters_alone_and_where_they_belong(adapted, random
     names = {key[-1].key for key, _ in jax.tree.leaves_with_path(adapted.policy.read_trained(path, np.float32))}
     assert len(names) == 14 and all("_a_" in name or "_b_" in name for name in names)
     (origin,) = checkpoint.read_extra(path)["origins"].values()
+    assert origin.pop("fingerprint") == weights.fingerprint(random_model)
     assert origin == {"path": str(random_model)} | {k: adapted.config.model[k] for k in origin if k != "path"}
 
 
