@@ -167,6 +167,8 @@ class JobRunner:
         spec = self._store.job(job_id)["spec"]
         held = _data_name(job_id)
         try:
+            if stop.now:  # asked for before the server ended, and not to be begun again for it
+                raise training.Stopped("stopped before it began")
             result = training.run_job(
                 job_id=job_id,
                 spec=spec | {"data_id": held} if self._store.dataset(held) else spec,
@@ -239,6 +241,9 @@ class Pulse:
 
 
 # ---- bodies ----
+
+
+MAX_ROLLOUTS = 2**20  # of an evaluation: they are all opened at once
 
 
 class JobBody(pydantic.BaseModel):
@@ -315,6 +320,8 @@ async def create_job(request: Request, body: JobBody) -> Response:
     config = jobs.config
     if evaluates:
         rollouts = store.num_tasks(needed["test"], "test") * (body.num_samples or 1)
+        if rollouts > MAX_ROLLOUTS:
+            raise InvalidConfigError(f"that is {rollouts} rollouts; an evaluation may have {MAX_ROLLOUTS}")
     elif body.batch_size:
         rollouts = body.batch_size * config.algorithm.group_size
     else:

@@ -322,6 +322,9 @@ def test_what_a_job_cannot_be(jobs, serving, dataset):
     assert "no dataset 'nope' with test tasks" in refused({"data_id": data_id, "test_data_id": "nope"}, 404)
     assert "for evaluations" in refused({"data_id": data_id, "checkpoint": "latest"}, 400)
     assert "for evaluations" in refused({"data_id": data_id, "num_samples": 2}, 400)
+    with Client(jobs.url) as client:
+        many = {"data_id": client.upload_data(dataset, dataset), "kind": "evaluate", "num_samples": 10**12}
+    assert "an evaluation may have 1048576" in refused(many, 400)
     assert jobs.http.get("/api/jobs/nope").status_code == 404
     assert jobs.http.get("/api/jobs/nope/events").status_code == 404
     assert jobs.http.post("/api/jobs/nope/stop", json={}).status_code == 404

@@ -163,6 +163,16 @@ def test_unfinished_jobs_come_first_unless_told_otherwise(serving, store, config
     runner.close()
 
 
+def test_a_job_that_was_to_stop_at_once_is_not_begun_again(serving, store, config):
+    """The server was killed while it ended the job, for which it may have needed all its memory."""
+    store.create_job(EVALUATE | {"stop": "now"}, "killed")
+    store.update_job("killed", status="running")
+    runner = JobRunner(serving.policies, store, config)
+    wait_for(lambda: status(store, "killed") == "stopped")
+    runner.close()
+    assert [event["kind"] for event in store.events("killed")] == ["ended"]
+
+
 def test_a_job_that_has_ended_leaves_nothing_to_stop(runner, store):
     spec = EVALUATE | {"key": "once"}
     job_id, queued = runner.submit(spec), runner.submit(EVALUATE)
