@@ -37,7 +37,8 @@ def pack_agent(agent: Callable | str | os.PathLike) -> dict:
         InvalidConfigError: no such script, not callable, or it refers to something that cannot be pickled.
     """
     handlers = air.registered()
-    sys_path = [entry for entry in sys.path if isinstance(entry, str)]  # Python passes over all others
+    # Python passes over what is no text, and takes "" for the working folder, which is another one on other machines.
+    sys_path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     source = {"settings": worker_side.settings(), "sys_path": sys_path, "data": None}
     if isinstance(agent, (str, os.PathLike)):
         path, function = split_script(os.fspath(agent))
@@ -104,7 +105,8 @@ def _pickled(agent: Callable | None, handlers: dict[str, list[Callable]]) -> str
 
     functions = [agent, *(handler for of_kind in handlers.values() for handler in of_kind)]
     modules = {sys.modules.get(getattr(_innermost(function), "__module__", None) or "") for function in functions}
-    by_value = [module for module in modules - {None} if not _workers_can_import(module)]
+    modules = [module for module in modules - {None} if not _workers_can_import(module)]
+    by_value = {sys.modules.get(module.__name__.partition(".")[0], module) for module in modules}  # whole packages
     registered = []
     try:
         for module in by_value:

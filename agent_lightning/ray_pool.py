@@ -20,9 +20,12 @@ from agent_lightning.exceptions import InvalidConfigError, TrainingError
 from agent_lightning.leases import ENDED_JOB
 from agent_lightning.loopback import loopback_host
 from agent_lightning.pool import FAILED_STARTS, Pool, PoolStatus
+from agent_lightning.runtime import config as runtime_config
+from agent_lightning.settings import MAX_RETRIES
 
 CHECK_S = 0.5  # how often the pools are asked how they are
 EXIT_S = 10.0  # how long they may take to end their workers
+_VARIABLES = ("PYTHONPATH", runtime_config.ENABLE_AIR, MAX_RETRIES)  # which workers have from whoever starts them
 
 
 class RayPool:
@@ -97,7 +100,8 @@ class RayPool:
                 continue
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             made = self._ray.remote(_NodePool).options(num_cpus=0, max_concurrency=3, scheduling_strategy=where)
-            actor = made.remote(*self._arguments, share, os.environ.get("PYTHONPATH"), self._options)
+            environ = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+            actor = made.remote(*self._arguments, share, environ, self._options)
             self._members[actor.run.remote()] = {"actor": actor, "worker_ids": share, "status": None}
 
     def _on_end(self, reference) -> None:
@@ -161,9 +165,8 @@ _ORDER = ["unknown", "queued", "running", "stopped", "failed", "succeeded"]
 class _NodePool:
     """A `Pool` in a Ray actor: one node's share of the workers."""
 
-    def __init__(self, server_url, job_id, agent, worker_ids, pythonpath, options):
-        if pythonpath is not None:
-            os.environ["PYTHONPATH"] = pythonpath
+    def __init__(self, server_url, job_id, agent, worker_ids, environ, options):
+        os.environ.update(environ)
         self._pool = Pool(server_url, job_id, agent, len(worker_ids), worker_ids=worker_ids, **options)
 
     def run(self) -> str:

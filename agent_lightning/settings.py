@@ -1,6 +1,7 @@
 """What the environment sets. An argument always wins over a variable, a variable over the default."""
 
 import os
+import threading
 from urllib.parse import urlsplit
 
 from agent_lightning.exceptions import InvalidConfigError
@@ -92,7 +93,7 @@ def timeout_s(argument: float) -> float:
         InvalidConfigError: it is not a positive number.
     """
     check_seconds(timeout=argument)
-    return float(argument)
+    return min(float(argument), threading.TIMEOUT_MAX)  # sockets take no more
 
 
 def verify_ssl(argument: bool) -> bool:

@@ -7,11 +7,13 @@ is imported: the model's name where a client demands one, and `set_config`'s `ma
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 from agent_lightning.runtime import config
 from agent_lightning.runtime.import_hook import after_import
 
 _model_name = "default"
+_own_defaults: dict[tuple[type | ModuleType, str], Any] = {}
 
 
 def install() -> None:
@@ -54,14 +56,13 @@ def _sdk(*client_names: str):
 
     def adjust(module: ModuleType) -> None:
         for name, value in (("max_retries", config.max_retries()), ("timeout", config.timeout_s())):
-            if value is None:
-                continue
             for client_name in client_names:
-                defaults = getattr(module, client_name).__init__.__kwdefaults__
+                client = getattr(module, client_name)
+                defaults = client.__init__.__kwdefaults__
                 if name in defaults:
-                    defaults[name] = value
+                    defaults[name] = _default(client, name, defaults[name], value)
             if hasattr(module, name):  # openai's client-less calls read these
-                setattr(module, name, value)
+                setattr(module, name, _default(module, name, getattr(module, name), value))
 
     return adjust
 
@@ -76,10 +77,17 @@ def _chat_openai(module: ModuleType) -> None:
     _set_field_defaults(module.ChatOpenAI, fields)
 
 
+def _default(owner: type | ModuleType, name: str, current: Any, value: Any) -> Any:
+    """`value`, or where it is None what the SDK had before anything was set."""
+    own = _own_defaults.setdefault((owner, name), current)
+    return own if value is None else value
+
+
 def _set_field_defaults(model: type, values: dict, needs_model: str | None = None) -> None:
-    """Gives fields of a pydantic model new defaults; those whose value is None keep theirs."""
+    """Gives fields of a pydantic model new defaults; those whose value is None have their own."""
     fields = model.model_fields
-    changed = {name: value for name, value in values.items() if value is not None and name in fields}
+    new = {name: _default(model, name, fields[name].default, values[name]) for name in values.keys() & fields.keys()}
+    changed = {name: value for name, value in new.items() if fields[name].default != value}
     for name, value in changed.items():
         fields[name].default = value
     if needs_model in fields and fields[needs_model].is_required():

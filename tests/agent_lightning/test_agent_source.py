@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -181,6 +182,22 @@ def test_a_function_of_a_module_that_workers_cannot_import_is_sent_by_value(tmp_
     assert done.stdout.strip() == "42", done.stderr
 
 
+def test_a_package_that_workers_cannot_import_is_sent_as_a_whole(tmp_path):
+    (tmp_path / "away_package").mkdir()
+    script(tmp_path, "", "away_package/__init__.py")
+    script(tmp_path, "def times(x): return x * 7\n", "away_package/helpers.py")
+    text = "from away_package.helpers import times\ndef agent(r, t): return times(t)\n"
+    script(tmp_path, text, "away_package/agents.py")
+    sys.path.insert(0, str(tmp_path))
+    from away_package import agents
+
+    sys.path.remove(str(tmp_path))
+    packed = pack_agent(agents.agent)
+    code = f"from agent_lightning.agent_source import unpack_agent; print(unpack_agent({packed!r})[0](None, 6))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "42", done.stderr
+
+
 def test_a_traceback_of_a_sent_agent_shows_its_own_lines():
     def agent(resource, task):
         return [1 // part for part in task]
@@ -203,9 +220,10 @@ def test_cached_functions_inside_of_others_can_be_sent():
 
 
 def test_only_text_in_sys_path_is_a_folder_as_python_has_it(tmp_path):
-    sys.path += [tmp_path, b"bytes", str(tmp_path)]
+    sys.path += [tmp_path, b"bytes", str(tmp_path), ""]
     sent = json.loads(json.dumps(pack_agent(script(tmp_path, "def agent(r, t): return 1"))))["sys_path"]
-    assert sent == [entry for entry in sys.path if isinstance(entry, str)] and str(tmp_path) in sent
+    assert sent == [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)] and str(tmp_path) in sent
+    assert "" not in sent and sent[-1] == os.getcwd(), "workers on other machines have another working folder"
 
 
 def traceback_of(function, *arguments):

@@ -98,6 +98,18 @@ def test_a_client_runs_its_agents_there(cluster, client):
     assert len(result.rewards) == 1 and result.failures == 0
 
 
+def test_variables_of_the_clients_hold_there(cluster, client, monkeypatch):
+    def agent(resource, task):
+        from agent_lightning.runtime import config
+
+        return float(config.air_enabled()) + config.max_retries()
+
+    monkeypatch.setenv("LIGHTNING_ENABLE_AIR", "true")  # after the cluster's processes began
+    monkeypatch.setenv("LIGHTNING_MAX_RETRIES", "7")
+    there = Client(client.server_url, ray_address=cluster.address)
+    assert there.evaluate(agent, data_id="sums", nworkers=1).mean == 8.0
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # what Python itself keeps for a package that cannot be imported
     with pytest.raises(InvalidConfigError, match=r"pip install 'lightning-jax\[ray\]'"):

@@ -131,6 +131,31 @@ def test_set_config_in_the_agent_holds_for_what_is_imported_already(serving_tool
     assert record.reward == 29.0  # the SDK's own default is 2
 
 
+def test_none_is_the_sdks_own_default_again(serving_tools):
+    def agent(resource, task):
+        import anthropic
+        import openai
+        from langchain_anthropic import ChatAnthropic
+        from langchain_openai import ChatOpenAI
+
+        from agent_lightning.runtime import set_config
+
+        def defaults():
+            clients = [openai.OpenAI(), openai.AsyncOpenAI(), anthropic.Anthropic(), anthropic.AsyncAnthropic()]
+            clients += [ChatOpenAI().root_client, ChatAnthropic()._client]
+            return [(client.max_retries, client.timeout) for client in clients], openai.max_retries, openai.timeout
+
+        own = defaults()
+        set_config({"max_retries": 9, "timeout": 5.0})
+        assert all(held == (9, 5.0) for held in defaults()[0])
+        set_config({"max_retries": None, "timeout": None})
+        assert defaults() == own
+        return 1.0
+
+    (record,) = serving_tools.run(agent, [{}], nworkers=1)
+    assert record.reward == 1.0, record.traceback
+
+
 @pytest.fixture
 def silent():
     """A server that takes requests and never answers: (its URL, the list of connections)."""
