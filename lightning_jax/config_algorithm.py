@@ -84,6 +84,8 @@ def contradiction(config: config_dict.ConfigDict) -> tuple[str, str, str] | None
     if a.credit == "step" and (is_set("scale_rewards") or a.kl_in_reward):
         name = "scale_rewards" if is_set("scale_rewards") else "kl_in_reward"
         return wrong(name, "does not go with algorithm.credit 'step', which scales returns by their group")
+    if a.credit == "step" and a.filter_groups:
+        return wrong("filter_groups", "goes by total rewards, and algorithm.credit 'step' by those from each call on")
     rises = a.warmup_steps + (a.critic_warmup or 0)
     for name in ("lr_min_ratio", "lr_decay_steps"):
         if is_set(name) and a.lr_schedule == "constant":

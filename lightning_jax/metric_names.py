@@ -14,8 +14,8 @@ METRICS = {
     "reward/intermediate_std": "its standard deviation",
     "reward/source/NAME/mean": "mean total reward of the tasks whose field `source` is NAME",
     "reward/source/NAME/std": "its standard deviation",
-    "reward/zero_variance_groups": "fraction of the groups whose rollouts all have the same reward: nothing is learned "
-    "from them",
+    "reward/zero_variance_groups": "fraction of the groups whose rollouts all have the same reward: where a mean is "
+    "their baseline (GRPO with credit for trajectories, RLOO) nothing is learned from them",
     "rollout/count": "rollouts of the step",
     "rollout/failed": "those that failed, which nothing is learned from",
     "rollout/failed_CAUSE": "those that failed of `crash`, `timeout`, `lost`, `exception` or `invalid_reward`",

@@ -150,20 +150,28 @@ class Policy:
         return {f"sampler/{name}": value for name, value in self._engine.stats().items()}
 
     def step_metrics(
-        self, before: Mapping[str, float], trained_tokens: int, sample_s: float, train_s: float
+        self, before: Mapping[str, float], updated: Mapping[str, float], sample_s: float, train_s: float
     ) -> dict[str, float]:
-        """What a step made of the prefix cache and of the devices; `before` are the sampler's metrics at its start."""
+        """What a step made of the prefix cache and of the devices.
+
+        Args:
+            before: the sampler's metrics at its start.
+            updated: the learner's, of its update.
+            sample_s, train_s: seconds that sampling and the update took.
+        """
         spent = {name: value - before[name] for name, value in self.sampler_metrics().items()}
         devices = 1 if self._mesh is None else self._mesh.size
         learner, algorithm = self._learner.settings, algorithms.settings_of(self._settings)
-        are_scored = algorithm.needs_scores or learner.epochs * learner.optimizer_steps > 1
+        policy_learns = "policy/loss" in updated  # in the critic's warm-up it does not
+        are_scored = algorithm.needs_scores or (policy_learns and learner.epochs * learner.optimizer_steps > 1)
         flops = utilization.update_flops(
             self.config,
-            trained_tokens,
+            updated["train/tokens"],
             has_reference=learner.kl_coef > 0 and not algorithm.kl_in_reward,
             only_adapters=self.trainable.lora_rank > 0,
             epochs=learner.epochs,
-            has_critic=learner.critic == "copy",
+            policy_learns=policy_learns,
+            critic=learner.critic,
             forwards=are_scored * (1 + (learner.kl_coef > 0)) + (learner.critic is not None),
         )
         share = utilization.DeviceShare(self.config, self.dtype.itemsize, devices)

@@ -225,9 +225,7 @@ class _Run:
         self._show_samples(step, records)
         for name, policy in self.policies.items():
             row |= self._named(name, updates[name] | policy.sampler_metrics())
-            row |= self._named(
-                name, policy.step_metrics(before[name], updates[name]["train/tokens"], sampling_s, train_s)
-            )
+            row |= self._named(name, policy.step_metrics(before[name], updates[name], sampling_s, train_s))
             if several:
                 calls = [call for record in records for call in rows.calls_of(record, name)]
                 row |= self._named(name, outcomes.completion_metrics(calls))

@@ -57,17 +57,20 @@ def update_flops(
     has_reference: bool,
     only_adapters: bool,
     epochs: int = 1,
-    has_critic: bool = False,
+    policy_learns: bool = True,
+    critic: str | None = None,
     forwards: int = 0,
 ) -> float:
     """Of an update over `tokens`: 2 a parameter forward, 2 for activations backward, 2 for the weights that learn.
 
-    As often again for a critic that is a copy, 2 more for a reference in the loss, all of it `epochs` times; and 2 for
-    each of `forwards`, which say something of the tokens before. What is computed anew (`runtime.remat`) is no progress
-    and does not count; attention's own products are left out too (arXiv:2204.02311, appendix B, without its last term).
+    As often again for a critic that is a "copy", 2 for the trunk that it has "shared", and 2 for a reference in the
+    loss, all of it `epochs` times; and 2 for each of `forwards`, which say something of the tokens before. What is
+    computed anew (`runtime.remat`) is no progress and does not count; attention's own products are left out too
+    (arXiv:2204.02311, appendix B, without its last term).
     """
     learning = 4 + 2 * (not only_adapters)
-    epoch = learning * (1 + has_critic) + 2 * has_reference
+    of_critic = {None: 0, "copy": learning, "shared": 2}[critic]
+    epoch = policy_learns * (learning + 2 * has_reference) + of_critic
     return (epochs * epoch + 2 * forwards) * num_params(config) * tokens
 
 

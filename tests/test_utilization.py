@@ -41,8 +41,12 @@ def test_an_update_is_six_operations_a_parameter_and_token_and_less_with_adapter
     size = utilization.num_params(tiny)
     assert utilization.update_flops(tiny, 10, has_reference=False, only_adapters=False) == 60 * size
     assert utilization.update_flops(tiny, 10, has_reference=True, only_adapters=True) == 60 * size
-    passes = {"epochs": 4, "has_critic": True, "forwards": 3}  # PPO: scored with a reference, and the critic's values
+    passes = {"epochs": 4, "critic": "copy", "forwards": 3}  # PPO: scored with a reference, and the critic's values
     assert utilization.update_flops(tiny, 10, has_reference=False, only_adapters=False, **passes) == 540 * size
+    warmup = {"critic": "copy", "policy_learns": False, "forwards": 1}
+    assert utilization.update_flops(tiny, 10, has_reference=True, only_adapters=False, **warmup) == 80 * size
+    shared = {"epochs": 4, "critic": "shared", "forwards": 3}
+    assert utilization.update_flops(tiny, 10, has_reference=True, only_adapters=False, **shared) == 460 * size
 
 
 def test_shares_are_of_all_devices_and_of_the_steps_own_time(monkeypatch):

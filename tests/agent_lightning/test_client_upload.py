@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import warnings
 
 import pytest
@@ -192,6 +193,8 @@ def test_bad_arguments_start_nothing(served, files, monkeypatch, tmp_path):
     for timeout in (0, -1, "300", True):
         with pytest.raises(InvalidConfigError, match="timeout="):
             Client(served.url, timeout=timeout)
+    with Client(served.url, timeout=sys.maxsize) as patient:  # longer than sockets can wait
+        patient.upload_data(files(GOOD))
     for max_retries in (1.5, True, "3", ""):
         with pytest.raises(InvalidConfigError, match="max_retries="):
             Client(served.url, max_retries=max_retries)

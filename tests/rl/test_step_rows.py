@@ -95,6 +95,10 @@ def test_what_another_model_earned_counts_for_the_call_before():
             {"credit": "step", "scale_rewards": "none"},
             "algorithm.scale_rewards does not go with algorithm.credit",
         ),
+        (
+            {"credit": "step", "filter_groups": True},
+            "algorithm.filter_groups goes by total rewards, and algorithm.credit",
+        ),
         ({"importance_cap": 3}, "algorithm.importance_cap bounds the weights of algorithm.importance_correction"),
         ({"max_gen_batches": 2}, "algorithm.max_gen_batches is for algorithm.filter_groups"),
         ({"overlong_buffer": 5000}, "algorithm.overlong_buffer must be at most sampler.max_tokens \\(8\\), not 5000"),
