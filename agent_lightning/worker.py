@@ -28,6 +28,7 @@ from agent_lightning.framing import FrameReader, pack
 from agent_lightning.runtime import worker_side
 from agent_lightning.runtime.air import LARGEST_FLOAT32
 from agent_lightning.types import Resource, Task
+from agent_lightning.worker_process import descendants, kill_group
 
 MAX_TRACEBACK_CHARS = 8000
 PARENT_CHECK_S = 2.0
@@ -221,7 +222,7 @@ def _end_group(leader: int) -> None:
     if os.getpid() == leader == os.getpgrp():
         with contextlib.suppress(Exception):  # the agent may have closed it
             sys.stdout.flush()
-        os.killpg(leader, signal.SIGKILL)
+        kill_group(leader, descendants(leader))
 
 
 def _restore_environment(pythonpath: str | None) -> None:

@@ -183,8 +183,8 @@ def _pythonpath() -> str:
 
 
 def kill_group(leader: int, others: Iterable[int]) -> None:
-    """Kills a process group, and other processes."""
-    for kill, pid in [(os.killpg, leader)] + [(os.kill, pid) for pid in others]:
+    """Kills other processes, and then a process group, which may be the caller's own."""
+    for kill, pid in [*((os.kill, pid) for pid in others), (os.killpg, leader)]:
         try:
             kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):

@@ -187,6 +187,21 @@ def test_an_agent_that_never_returns_is_killed_with_all_it_started(served, tmp_p
     wait_until(lambda: not any(map(is_alive, written_pids(folder))))
 
 
+def test_a_worker_that_leaves_takes_with_it_what_the_agent_left_running(served, tmp_path):
+    folder = tmp_path / "pids"
+    folder.mkdir()
+
+    def agent(resource, task):
+        for apart in (False, True):
+            child = subprocess.Popen(["sleep", "1000"], start_new_session=apart)
+            (folder / str(child.pid)).touch()
+        return 1
+
+    (record,) = served.run(agent, [{}], nworkers=1)
+    assert record.reward == 1.0 and len(written_pids(folder)) == 2
+    wait_until(lambda: not any(map(is_alive, written_pids(folder))))
+
+
 @pytest.mark.parametrize("hang", [False, True], ids=["segfault", "time-out"])
 def test_the_first_failure_names_the_agents_line_that_hung_or_crashed(served, hang):
     from lightning_jax.outcomes import first_failure
