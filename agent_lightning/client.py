@@ -33,8 +33,9 @@ class Client:
         verify_ssl: whether the server's certificate is checked.
         api_key: by default AGENT_LIGHTNING_API_KEY.
         ray_address: workers run on the nodes of this Ray cluster instead of this machine; "auto" is the cluster that
-            this machine belongs to. The server's URL must lead to it from every node; a script must lie at the same
-            path on each, whereas a function travels by itself. Needs the extra `ray`.
+            this machine belongs to. The server's URL must lead to it from every node. A script, and modules that can be
+            imported here, must lie at the same path on each; other functions travel by themselves. Needs the extra
+            `ray`.
 
     Raises:
         InvalidConfigError: no URL, or a bad setting. Nothing is sent before a method is called.
