@@ -245,7 +245,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     """Compares what each process was started with.
 
     Args:
-        facts: by name, JSON-ready; the same names in all processes.
+        facts: by name, JSON-ready.
 
     Raises:
         InvalidConfigError: a process has others than process 0. All raise it.
