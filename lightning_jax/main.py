@@ -116,11 +116,9 @@ def check_team(config: ml_collections.ConfigDict) -> None:
     Raises:
         InvalidConfigError: their settings or models differ, or they do not share the work directory. In all of them.
     """
-    own = ("agent.", "data.", "distributed.", "logging.", "server.")  # process 0 alone has a use for the others
-    settings = dict(config_lib.flatten(config.to_dict()))
-    facts = {key: value for key, value in settings.items() if not key.startswith(own)}
-    for free in ("device", "workdir", *(key for key in facts if key.endswith(".path"))):  # machines may have their own
-        facts.pop(free, None)
+    own = (*_FREE_SECTIONS, "agent.", "data.", "workdir", "device")  # process 0 alone uses them, or machines differ
+    settings = config_lib.flatten(config.to_dict())
+    facts = {key: value for key, value in settings if not (key.startswith(own) or key.endswith(".path"))}
     for name, of_one in config_models.of_each(config).items():
         facts[f"weights of {name}"] = weights.fingerprint(of_one.model.path)
     processes.check_alike(facts)

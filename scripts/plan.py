@@ -104,6 +104,7 @@ def main() -> None:
 def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, int]) -> dict:
     """Everything, as plain numbers; bytes, FLOPs and seconds are of one chip."""
     import jax
+    import ml_collections
 
     from lightning_jax import aot, gpu, temporaries
     from lightning_jax import mesh as mesh_lib
@@ -114,8 +115,8 @@ def make_plan(args: argparse.Namespace, kind: str, mesh_shape: tuple[int, int, i
 
     config = named_shape(args.model)
     data, fsdp, tensor = mesh_shape
-    sizes = {"width": config.hidden_size, "kv_heads": config.num_kv_heads, "mlp": config.intermediate_size}
-    mesh_lib.axis_sizes(math.prod(mesh_shape), tensor=tensor, fsdp=fsdp, **sizes)  # raises where they do not divide
+    axes = ml_collections.ConfigDict({"model": {"fsdp": fsdp, "tensor_parallel": tensor}})
+    mesh_lib.sizes_for(config, axes, math.prod(mesh_shape))  # raises where they do not divide the model
     if kind == "cpu":
         mesh = mesh_lib.make_mesh(*mesh_shape)
     elif kind.startswith("v") or (kind == "h100" and gpu.has_compiler()):

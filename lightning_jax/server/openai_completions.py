@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated
 
 import pydantic
@@ -131,7 +131,7 @@ class _Writer:
         usage = openai_shared.usage(sum(len(echo.prompt_ids) for echo in self._echoes), 0, 0)
         if not self._body.stream:
             return wire.json_response(self._envelope | {"choices": choices, "usage": usage})
-        events = [*(self._chunk(choice, usage) for choice in choices), self._end(usage)]
+        events = [*(self._chunk(choice, lambda: usage) for choice in choices), self._end(usage)]
         return Response(b"".join(events), media_type="text/event-stream")
 
     def response(self, replies: Sequence[GenerateReply]) -> dict:
@@ -164,18 +164,18 @@ class _Writer:
                 opening = None if begun[i] else echo
                 choice = self._choice(position * samples + i, opening, delta.content, delta, reason, offsets[i])
                 begun[i] = True
-                yield self._chunk(choice, usage())
+                yield self._chunk(choice, usage)
         yield self._end(usage())
 
     @property
     def _options(self) -> openai_shared.StreamOptions:
         return self._body.stream_options or openai_shared.StreamOptions()
 
-    def _chunk(self, choice: dict, usage: dict) -> bytes:
-        """What is new of a sample, in a stream; `usage` so far."""
+    def _chunk(self, choice: dict, usage: Callable[[], dict]) -> bytes:
+        """What is new of a sample, in a stream; `usage` tells what was used so far."""
         content = self._envelope | {"choices": [choice]}
         if self._options.include_usage:
-            content["usage"] = usage if self._options.continuous_usage_stats else None
+            content["usage"] = usage() if self._options.continuous_usage_stats else None
         return wire.event(content)
 
     def _end(self, usage: dict) -> bytes:

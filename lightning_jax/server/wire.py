@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 COMMENT = b": waiting\n\n"  # an event that is none, for streams that are silent
+# What JSON leaves as it is in a text and some clients take for the end of an event's line.
+_LINE_ENDS = {"\x85".encode(): rb"\u0085", "\u2028".encode(): rb"\u2028", "\u2029".encode(): rb"\u2029"}
 MAX_BODY_BYTES = 32 * 2**20
 
 
@@ -83,10 +85,10 @@ def json_response(content: Any, status: int = 200, retry_after_s: int | None = N
 
 
 def event(content: Any, name: str | None = None) -> bytes:
-    """One server-sent event. What some clients take for the end of a line in it is escaped."""
+    """One server-sent event."""
     data = b"data: " + dumps(content) + b"\n\n"
-    for character in ("\x85", "\u2028", "\u2029"):
-        data = data.replace(character.encode(), f"\\u{ord(character):04x}".encode())
+    for end, escape in _LINE_ENDS.items():
+        data = data.replace(end, escape)
     return data if name is None else f"event: {name}\n".encode() + data
 
 
