@@ -119,6 +119,7 @@ class Follower:
 
     def __init__(self, connection: Connection):
         self._connection = connection
+        self._closed = False
         self._calls: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -139,6 +140,7 @@ class Follower:
                 self._connection.send(word)
 
     def close(self, failed: bool = False) -> None:
+        self._closed = True  # what `_listen` sees from now on is this end of it
         self._connection.close()
 
     def _listen(self) -> None:
@@ -153,7 +155,8 @@ class Follower:
                     break
         except (EOFError, OSError):  # the main thread may be waiting for process 0 in a collective
             pass
-        _end("process 0 has ended")
+        if not self._closed:
+            _end("process 0 has ended")
 
 
 def join(settings: ml_collections.ConfigDict) -> Leader | Follower | None:
